@@ -1,0 +1,1 @@
+"""What the library costs, measured against what can be had at most: ``python -m benchmarks``."""

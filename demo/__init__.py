@@ -1,0 +1,68 @@
+"""A small catalogue: upload CSV files, search their rows, export them; long work runs as jobs."""
+
+from __future__ import annotations
+
+import atexit
+from pathlib import Path
+from typing import Any
+
+from pyramid.config import Configurator
+from pyramid.events import NewResponse
+from pyramid.request import Request
+from pyramid.scripting import prepare
+from pyramid.session import SignedCookieSessionFactory
+from pyramid_zodbconn import get_connection
+
+from .models import Catalogue
+from .sample import SAMPLE, write_sample
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self';"
+    " frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    # A job's address is the key to it.
+    "Referrer-Policy": "same-origin",
+}
+
+
+def main(global_config: dict[str, str], **settings: Any) -> Any:
+    """Return the WSGI application."""
+    data = Path(settings["demo.data"])
+    data.mkdir(parents=True, exist_ok=True)
+    write_sample(data / SAMPLE)
+    with Configurator(settings=settings) as config:
+        config.include("pyramid_jinja2")
+        config.include("pyramid_retry")
+        config.include("pyramid_zodbconn")
+        config.include("pyramid_async")
+        config.set_session_factory(
+            SignedCookieSessionFactory(settings["demo.secret"], httponly=True, samesite="Lax")
+        )
+        config.set_default_csrf_options(require_csrf=True)
+        config.add_request_method(catalogue, reify=True)
+        config.add_subscriber(add_headers, NewResponse)
+        config.include(".views")
+    app = config.make_wsgi_app()
+    prepare_database(app.registry)
+    return app
+
+
+def prepare_database(registry: Any) -> None:
+    """Make the root object before requests can race for it, and close the files in the end."""
+    with prepare(registry=registry) as environment:
+        request = environment["request"]
+        with request.tm:
+            connection = get_connection(request)
+            connection.root().setdefault("demo", Catalogue())
+        database = connection.db()
+    # Looked up when it is called: closed before, it does nothing.
+    atexit.register(lambda: database.close())
+
+
+def catalogue(request: Request) -> Catalogue:
+    return get_connection(request).root()["demo"]
+
+
+def add_headers(event: NewResponse) -> None:
+    for name, value in HEADERS.items():
+        event.response.headers.setdefault(name, value)

@@ -1,0 +1,71 @@
+"""Run the demo from a fresh checkout: python3 demo [--port N]. Needs nothing but Python."""
+
+import argparse
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+HOME = Path(__file__).resolve().parent.parent
+VENV = HOME / ".venv"
+BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
+STAMP = VENV / "demo-installed"
+# An active virtual environment must not reach into the one made here.
+FOREIGN = ("VIRTUAL_ENV", "PYTHONHOME", "PYTHONPATH", "PIP_TARGET", "PIP_PREFIX", "PIP_USER")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in FOREIGN}
+# Pyramid still imports it, and on the first screen that looks like a fault.
+ENVIRONMENT.setdefault("PYTHONWARNINGS", "ignore:pkg_resources is deprecated")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python3 demo", description="Run the demo.")
+    parser.add_argument("--port", type=int, default=6543)
+    port = parser.parse_args().port
+    if sys.version_info < (3, 11):  # noqa: UP036
+        sys.exit("The demo needs Python 3.11 or later.")
+    check_port(port)
+    if not installed():
+        install()
+    print(f"Open http://localhost:{port}/ (Ctrl-C ends the server.)", flush=True)
+    os.chdir(HOME)
+    serve(f"-m pyramid.scripts.pserve --server-name port development.ini http_port={port}".split())
+
+
+def check_port(port):
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except (OSError, OverflowError) as error:
+        sys.exit(f"Port {port} cannot be used: {error}. Choose another: python3 demo --port 6544")
+
+
+def installed():
+    return STAMP.exists() and STAMP.stat().st_mtime >= (HOME / "pyproject.toml").stat().st_mtime
+
+
+def install():
+    if importlib.util.find_spec("ensurepip") is None:
+        sys.exit("This Python cannot make virtual environments. Try: apt install python3-venv")
+    print(f"Installing the demo into {VENV} (once, about a minute) ...", flush=True)
+    run(sys.executable, "-m", "venv", VENV)
+    pip = (BIN / "python", "-m", "pip", "install", "-qq", "--disable-pip-version-check")
+    run(*pip, "--editable", f"{HOME}[demo]")
+    STAMP.touch()
+
+
+def run(*command):
+    result = subprocess.run([str(part) for part in command], env=ENVIRONMENT)
+    if result.returncode:
+        sys.exit(f"Failed: {' '.join(map(str, command))}")
+
+
+def serve(arguments):
+    python = str(BIN / "python")
+    if os.name == "nt":
+        sys.exit(subprocess.call([python, *arguments], env=ENVIRONMENT))
+    os.execve(python, [python, *arguments], ENVIRONMENT)
+
+
+if __name__ == "__main__":
+    main()

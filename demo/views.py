@@ -1,0 +1,281 @@
+"""The pages: a form schedules a job in the request's own transaction and leads to its page."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from pyramid.config import Configurator
+from pyramid.csrf import get_csrf_token
+from pyramid.events import BeforeRender
+from pyramid.exceptions import BadCSRFToken
+from pyramid.httpexceptions import HTTPNotFound, HTTPSeeOther
+from pyramid.request import Request
+from pyramid.response import FileResponse
+from pyramid.view import exception_view_config, notfound_view_config, view_config
+from ZODB.blob import Blob
+
+from . import jobs
+from .csvfile import ENCODINGS, MAX_ROWS, counted
+from .models import Dataset
+from .sample import SAMPLE
+
+ROWS_OF_A_PAGE = 50
+REMEMBERED_JOBS = 8
+LONGEST_QUERY = 200  # characters
+
+STATUS_TEXTS = {
+    "accepted": "waiting",
+    "running": "running",
+    "successful": "finished",
+    "failed": "failed",
+    "dismissed": "cancelled",
+}
+
+
+def includeme(config: Configurator) -> None:
+    config.add_static_view("static", "demo:static", cache_max_age=60)
+    config.add_route("index", "/")
+    config.add_route("sample", "/sample.csv")
+    config.add_route("upload", "/upload", request_method="POST")
+    config.add_route("start", "/start/{name}", request_method="POST")
+    config.add_route("dataset", "/datasets/{id}", factory=find_dataset)
+    for name in ("import", "export", "delete"):
+        pattern = f"/datasets/{{id}}/{name}"
+        config.add_route(name, pattern, factory=find_dataset, request_method="POST")
+    config.add_route("job", "/jobs/{sid}")
+    config.add_route("cancel", "/jobs/{sid}/cancel", request_method="POST")
+    config.add_subscriber(add_names, BeforeRender)
+    config.scan(__name__)
+
+
+def add_names(names: BeforeRender) -> None:
+    """Give every template what all of them need."""
+    names.update(
+        counted=counted,
+        csrf_token=get_csrf_token(names["request"]),
+        status_texts=STATUS_TEXTS,
+        time_text=lambda seconds: time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds)),
+    )
+
+
+def find_dataset(request: Request) -> Dataset:
+    dataset = request.catalogue.datasets.get(request.matchdict["id"])
+    if dataset is None:
+        raise HTTPNotFound("There is no such dataset; it may have been deleted.")
+    return dataset
+
+
+# -- the first page --------------------------------------------------------------------
+
+
+@view_config(route_name="index", renderer="templates/index.jinja2")
+def index(request: Request) -> dict[str, Any]:
+    status = request.scheduler.status
+    datasets = request.catalogue.newest_first()
+    recent = [(status(sid), id) for sid, id in request.session.get("jobs", ())]
+    return {
+        "datasets": [(dataset, status(dataset.sid)) for dataset in datasets],
+        "jobs": [(job, id) for job, id in recent if job is not None],
+        "encodings": ENCODINGS,
+        "max_rows": MAX_ROWS,
+        "counter": request.catalogue.counter(),
+    }
+
+
+@view_config(route_name="sample")
+def download_sample(request: Request) -> FileResponse:
+    response = FileResponse(sample_file(request), request, content_type="text/csv")
+    response.content_disposition = f'attachment; filename="{SAMPLE}"'
+    return response
+
+
+def sample_file(request: Request) -> Path:
+    return Path(request.registry.settings["demo.data"]) / SAMPLE
+
+
+# -- imports ---------------------------------------------------------------------------
+
+
+@view_config(route_name="upload")
+def upload(request: Request) -> HTTPSeeOther:
+    file = request.POST.get("file")
+    if not hasattr(file, "file"):
+        return to_index(request, "Choose a file first.")
+    dataset = add_dataset(request, file.filename, file.file)
+    return start_import(request, dataset)
+
+
+def add_dataset(request: Request, name: str, stream: IO[bytes]) -> Dataset:
+    """Keep the file as a blob: it crosses to the job as a reference, whatever its size."""
+    blob = Blob()
+    with blob.open("w") as target:
+        shutil.copyfileobj(stream, target, 1 << 20)
+    dataset = Dataset(tidy_name(name), blob)
+    request.catalogue.add(dataset)
+    return dataset
+
+
+def tidy_name(name: str) -> str:
+    """Return a file name without its folder and without what cannot be seen."""
+    name = re.split(r"[/\\]", name)[-1]
+    return "".join(filter(str.isprintable, name)).strip()[:100] or "upload.csv"
+
+
+def start_import(request: Request, dataset: Dataset) -> HTTPSeeOther:
+    encoding = request.POST.get("encoding")
+    if encoding not in ENCODINGS:
+        encoding = None  # to be detected
+    scheduler = request.scheduler.using(title=f"Import {dataset.name}")
+    dataset.sid = scheduler.schedule(jobs.import_csv, dataset, encoding)
+    return to_job(request, dataset.sid, dataset)
+
+
+@view_config(route_name="import")
+def import_again(request: Request) -> HTTPSeeOther:
+    dataset = request.context
+    job = request.scheduler.status(dataset.sid)
+    if dataset.complete or (job is not None and not job.done):
+        return HTTPSeeOther(request.route_path("dataset", id=dataset.id))
+    return start_import(request, dataset)
+
+
+# -- datasets --------------------------------------------------------------------------
+
+
+@view_config(route_name="dataset", renderer="templates/dataset.jinja2")
+def show_dataset(request: Request) -> dict[str, Any]:
+    dataset = request.context
+    query = query_of(request)
+    number = page_number(request)
+    page = dataset.page((number - 1) * ROWS_OF_A_PAGE, ROWS_OF_A_PAGE, query)
+    return {
+        "dataset": dataset,
+        "job": request.scheduler.status(dataset.sid),
+        "encodings": ENCODINGS,
+        "query": query,
+        "page": page,
+        "number": number,
+        "pages": max(1, -(-page.total // ROWS_OF_A_PAGE)),
+        "first": (number - 1) * ROWS_OF_A_PAGE + 1,
+    }
+
+
+def query_of(request: Request) -> str:
+    return request.params.get("q", "").strip()[:LONGEST_QUERY]
+
+
+def page_number(request: Request) -> int:
+    text = request.params.get("page", "")
+    return max(1, int(text)) if re.fullmatch("[0-9]{1,6}", text) else 1
+
+
+@view_config(route_name="export")
+def export(request: Request) -> HTTPSeeOther:
+    dataset, query = request.context, query_of(request)
+    scheduler = request.scheduler.using(title=f"Export {dataset.name}")
+    return to_job(request, scheduler.schedule(jobs.export_csv, dataset, query), dataset)
+
+
+@view_config(route_name="delete")
+def delete(request: Request) -> HTTPSeeOther:
+    dataset = request.context
+    request.scheduler.cancel(dataset.sid)
+    del request.catalogue.datasets[dataset.id]
+    return to_index(request, f"{dataset.name} was deleted.")
+
+
+# -- other jobs ------------------------------------------------------------------------
+
+
+@view_config(route_name="start", match_param="name=sample")
+def start_sample(request: Request) -> HTTPSeeOther:
+    with sample_file(request).open("rb") as stream:
+        return start_import(request, add_dataset(request, SAMPLE, stream))
+
+
+@view_config(route_name="start", match_param="name=count")
+def start_count(request: Request) -> HTTPSeeOther:
+    scheduler = request.scheduler.using(title="Count slowly")
+    return to_job(request, scheduler.schedule(jobs.count_slowly, request.catalogue.counter))
+
+
+@view_config(route_name="start", match_param="name=fail")
+def start_failure(request: Request) -> HTTPSeeOther:
+    scheduler = request.scheduler.using(title="Fail with a reason")
+    return to_job(request, scheduler.schedule(jobs.fail_politely))
+
+
+@view_config(route_name="start", match_param="name=crash")
+def start_crash(request: Request) -> HTTPSeeOther:
+    scheduler = request.scheduler.using(title="Fail unexpectedly")
+    return to_job(request, scheduler.schedule(jobs.fail_unexpectedly))
+
+
+# -- jobs ------------------------------------------------------------------------------
+
+
+@view_config(route_name="job", renderer="templates/job.jinja2")
+def show_job(request: Request) -> dict[str, Any]:
+    job = request.scheduler.status(request.matchdict["sid"])
+    if job is None:
+        raise HTTPNotFound("There is no such job. Finished jobs are forgotten after an hour.")
+    # The jobs without a dataset are those that count.
+    id = request.params.get("dataset")
+    dataset = request.catalogue.datasets.get(id) if id else None
+    return {
+        "job": job,
+        "dataset": dataset,
+        "imports": dataset is not None and dataset.sid == job.sid,
+        "counter": None if id else request.catalogue.counter(),
+    }
+
+
+@view_config(route_name="cancel")
+def cancel(request: Request) -> HTTPSeeOther:
+    """Cancel a job where there is no JavaScript; script sends DELETE to the job itself."""
+    sid = request.matchdict["sid"]
+    request.scheduler.cancel(sid)
+    return HTTPSeeOther(request.route_path("job", sid=sid, _query=request.GET))
+
+
+def to_job(request: Request, sid: str, dataset: Dataset | None = None) -> HTTPSeeOther:
+    """Lead to the job's page, and remember the job for this browser's list."""
+    remembered = [[sid, dataset.id if dataset else None], *request.session.get("jobs", ())]
+    request.session["jobs"] = remembered[:REMEMBERED_JOBS]
+    query = {"dataset": dataset.id} if dataset else None
+    return HTTPSeeOther(request.route_path("job", sid=sid, _query=query))
+
+
+def to_index(request: Request, message: str) -> HTTPSeeOther:
+    request.session.flash(message)
+    return HTTPSeeOther(request.route_path("index"))
+
+
+# -- what goes wrong -------------------------------------------------------------------
+
+
+@notfound_view_config(renderer="templates/message.jinja2")
+def not_found(error: HTTPNotFound, request: Request) -> dict[str, str]:
+    request.response.status_int = 404
+    text = error.detail if request.matched_route else None
+    return {"title": "Not found", "text": text or "There is nothing at this address."}
+
+
+@exception_view_config(BadCSRFToken, renderer="templates/message.jinja2")
+def expired_form(error: BadCSRFToken, request: Request) -> dict[str, str]:
+    request.response.status_int = 400
+    return {
+        "title": "This form has expired",
+        "text": "Go back, reload the page and send it again. The page needs cookies.",
+    }
+
+
+@exception_view_config(UnicodeDecodeError, renderer="templates/message.jinja2")
+def damaged_address(error: UnicodeDecodeError, request: Request) -> dict[str, str]:
+    """Answer for a query that is not UTF-8, which WebOb does not read."""
+    request.response.status_int = 400
+    return {"title": "Damaged address", "text": "What follows the question mark is not UTF-8."}

@@ -1,0 +1,246 @@
+"""One attempt at a job: begin, load, call, record, commit, all in one transaction."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pickle import PicklingError, UnpicklingError
+from typing import Any
+
+import transaction
+from transaction.interfaces import NoTransaction, TransientError
+from ZODB.POSException import InvalidObjectReference
+
+from .current import Job, running
+from .interfaces import AsyncError, JobDismissed
+from .jobs import ACCEPTED, SUCCESSFUL, JobRecord
+from .transactional import mark
+
+
+class Surroundings:
+    """What an attempt runs in, without a web framework: the thread's own transaction.
+
+    `~pyramid_async.requests.RequestSurroundings` is the other kind.
+    """
+
+    connect: Any = None
+
+    def __init__(self, tm: Any = None) -> None:
+        self.tm = transaction.manager if tm is None else tm
+
+    def begin(self) -> None:
+        # Nested @transactional functions join.
+        mark(self.tm.begin())
+
+    def prepare(self, record: JobRecord) -> Any:
+        """Return the job's request, or None."""
+
+    def end(self) -> None:
+        end(self.tm)
+
+
+def end(tm: Any) -> None:
+    """Abort what is left of a transaction, if any is."""
+    with suppress(NoTransaction):
+        tm.abort()
+
+
+class Unreliable(AsyncError, TransientError):
+    """The storage failed, so the outcome of the attempt cannot be trusted (why)."""
+
+    def __str__(self) -> str:
+        return f"the storage failed: {self.args[0]}"
+
+
+@contextmanager
+def storage_at_work() -> Iterator[None]:
+    """Turn what a storage raises (a lost backend, no memory) into a TransientError."""
+    try:
+        yield
+    except (TransientError, AsyncError, *LASTING):
+        raise
+    except Exception as error:
+        raise Unreliable(repr(error)) from error
+
+
+# Errors that the next attempt would meet again: of the job's data, not of the storage.
+LASTING = (
+    AttributeError,
+    EOFError,
+    ImportError,
+    InvalidObjectReference,
+    LookupError,  # POSKeyError too: an object that is gone
+    PicklingError,
+    TypeError,
+    UnpicklingError,
+    ValueError,
+)
+
+
+class NotOurs(Exception):
+    """The job is not this attempt's to run; the argument is its record, or None."""
+
+
+class NotDue(Exception):
+    """The job is not to run before a moment, the argument."""
+
+
+class Attempt:
+    """One attempt; everything is read anew, so it finds what an earlier one committed."""
+
+    def __init__(
+        self,
+        job: Job,
+        store: Any,
+        surroundings: Any,
+        result_timeout: float,
+        begun: Callable[[Job], None],
+    ) -> None:
+        self.job = job
+        self.store = store
+        self.surroundings = surroundings
+        self.result_timeout = result_timeout
+        self.begun = begun  # called before the function is called for the first time
+        self.unread: Exception | None = None  # what a load of an object raised
+
+    def run(self) -> None:
+        """Call the function and commit effects, result and status together.
+
+        Raises NotOurs, NotDue, what the function raises, and what the commit raises.
+        """
+        try:
+            record = self._begin()
+            if record is None or not record.belongs_to(self.store.process, self.job.signature):
+                raise NotOurs(record)
+            if record.run_after is not None and record.run_after > self.store.clock():
+                raise NotDue(record.run_after)
+            self.job.request = self.surroundings.prepare(record)
+            self._watch(self._table().connection)
+            value = self._call(record)
+            self._succeed(value)
+            self._commit()
+        except Exception as error:
+            if self.unread is not None and not isinstance(error, TransientError):
+                raise Unreliable(repr(self.unread)) from error
+            raise
+        finally:
+            self._unwatch()
+            self.surroundings.end()
+
+    # -- steps
+
+    def _begin(self) -> JobRecord | None:
+        with storage_at_work():
+            self.surroundings.begin()
+            record = self._record()
+        if record is not None:
+            annotate(self.surroundings.tm.get(), record)
+        return record
+
+    def _table(self) -> Any:
+        # Of the present transaction: the function may have ended the one it began in.
+        return self.store.table(self.surroundings.tm, self.surroundings.connect)
+
+    def _record(self) -> JobRecord | None:
+        record: JobRecord | None = self._table().get(self.job.sid)
+        return record
+
+    def _call(self, record: JobRecord) -> Any:
+        job, table = self.job, self._table()
+        self._set_up(job, record, table)
+        f = self.store.resolve(record.function)
+        args, kw = self._arguments(record, table)
+        with running(job):
+            job.check()  # it may have been told while it waited after a conflict
+            value = f(*args, **kw)
+            if inspect.iscoroutine(value):
+                value = asyncio.run(value)
+            job.check()
+        return value
+
+    def _set_up(self, job: Job, record: JobRecord, table: Any) -> None:
+        job.attempt = record.attempts + (record.status == ACCEPTED)
+        job.cursor = None if record.cursor is None else self.store.unpack(record.cursor, table)
+        job.commit_checkpoint = self._checkpoint
+        if not job.begun:
+            job.begun = True
+            self.begun(job)
+        timeout = record.option("timeout")
+        if timeout is not None and job.deadline is None:
+            job.deadline = time.monotonic() + timeout
+
+    def _arguments(self, record: JobRecord, table: Any) -> Any:
+        return ((), {}) if record.arguments is None else self.store.unpack(record.arguments, table)
+
+    def _own(self) -> JobRecord:
+        """Return the record, signed by this attempt; raise JobDismissed if it lost the job.
+
+        The function may have ended the transaction, so what the record says now counts.
+        """
+        job, record = self.job, self._record()
+        if record is None or not record.belongs_to(self.store.process, job.signature):
+            raise JobDismissed(f"job {job.sid!r} was dismissed or is another worker's")
+        if record.status == ACCEPTED:
+            # It waited in our own queue and needed no claim until something is written.
+            record.claim(self.store.process, job.signature, job.started)
+        return record
+
+    def _succeed(self, value: Any) -> None:
+        record = self._own()
+        if value is not None:
+            record.result = self.store.pack(value, self._table())
+        if record.failure is not None:
+            record.failure = None  # of an earlier attempt
+        record.finish(SUCCESSFUL, self.store.clock(), self.result_timeout)
+
+    def _checkpoint(self, cursor: Any) -> None:
+        record = self._own()
+        record.cursor = self.store.pack(cursor, self._table())
+        self._commit()
+        self._begin()
+
+    def _commit(self) -> None:
+        if self.unread is not None:
+            # A function that swallows a ReadConflictError has seen half of the truth.
+            raise Unreliable(repr(self.unread)) from self.unread
+        with storage_at_work():
+            self.surroundings.tm.commit()
+
+    # -- loads that fail
+
+    def _watch(self, connection: Any) -> None:
+        self._watched = connection
+        if connection is not None:
+            connection.setstate = self._watched_setstate
+            connection.get = self._watched_get
+
+    def _unwatch(self) -> None:
+        connection = getattr(self, "_watched", None)
+        if connection is not None:
+            del connection.setstate, connection.get
+
+    def _watched_setstate(self, obj: Any) -> None:
+        self._load(type(self._watched).setstate, obj)
+
+    def _watched_get(self, oid: bytes) -> Any:
+        return self._load(type(self._watched).get, oid)
+
+    def _load(self, method: Any, argument: Any) -> Any:
+        try:
+            return method(self._watched, argument)
+        except LASTING:
+            raise  # the function may expect it, and it tells the truth
+        except Exception as error:
+            self.unread = error
+            raise
+
+
+def annotate(txn: Any, record: JobRecord) -> None:
+    """Tell in the database's log whose transaction this is."""
+    if record.owner is not None:
+        txn.user = str(record.owner)
+    txn.note(f"job {record.sid}")
+    txn.setExtendedInfo("pyramid_async", record.sid)

@@ -1,0 +1,213 @@
+"""Settings become objects, directives; the only module that names concrete stores and executors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyramid.config import PHASE1_CONFIG
+from pyramid.events import ApplicationCreated
+from pyramid.exceptions import ConfigurationError
+
+from . import client, jsonrpc, openapi, views
+from .application import add_application, is_gunicorn_master
+from .interfaces import (
+    IExecutorFactory,
+    IScheduler,
+    JobAccepted,
+    JobCancelled,
+    JobFinished,
+    JobStarted,
+)
+from .jobs import ACCEPTED, DISMISSED, FAILED, RUNNING, SUCCESSFUL, check_options
+from .ram import RamStore
+from .recovery import Recovery
+from .requests import RequestSurroundings, origin_of
+from .scheduler import Caller, Operation, RequestIds, Scheduler
+from .settings import BadSetting, read_settings
+from .threads import ThreadExecutor, exit_on_sigterm
+from .worker import Worker
+from .zodb import ZodbStore
+
+# What a job has become -> the event that tells it.
+EVENTS = {
+    ACCEPTED: JobAccepted,
+    RUNNING: JobStarted,
+    SUCCESSFUL: JobFinished,
+    FAILED: JobFinished,
+    DISMISSED: JobCancelled,
+}
+
+
+def setup(config: Any) -> None:
+    """Register the scheduler, ``request.scheduler``, the directives and the routes."""
+    config.include("pyramid_tm")
+    if config.registry.settings.get("async.executor") == "celery":
+        config.include("pyramid_async.celery")
+    config.add_directive("add_operation", add_operation)
+    config.add_directive("add_application", add_application)
+    config.add_request_method(request_scheduler, "scheduler", reify=True)
+    views.add_routes(config)
+    jsonrpc.add_rpc(config)
+    client.add_client(config)
+    openapi.add_openapi(config)
+
+    def register() -> None:
+        # Registered by the application already, in a test for one: it wins.
+        if config.registry.queryUtility(IScheduler) is None:
+            config.registry.registerUtility(make_scheduler(config.registry), IScheduler)
+
+    introspectable = config.introspectable(
+        "pyramid_async", "scheduler", "scheduler of asynchronous jobs", "scheduler"
+    )
+    config.action(
+        "pyramid_async.scheduler",
+        register,
+        order=PHASE1_CONFIG,
+        introspectables=(introspectable,),
+    )
+    config.add_subscriber(start, ApplicationCreated)
+
+
+# -- the scheduler of an application ---------------------------------------------------
+
+
+def make_scheduler(registry: Any) -> Scheduler:
+    """Return the scheduler that the registry's settings describe.  Starts nothing."""
+    try:
+        settings = read_settings(registry.settings)
+    except BadSetting as error:
+        raise ConfigurationError(str(error)) from None
+
+    def notify(sid: str, status: str) -> None:
+        registry.notify(EVENTS[status](sid, status, registry))
+
+    worker = Worker(
+        make_store(registry, settings),
+        surroundings=lambda tm=None: RequestSurroundings(registry, connector(registry), tm),
+        conflict_attempts=settings["conflict_attempts"],
+        max_attempts=settings["max_attempts"],
+        result_timeout=settings["result_timeout"],
+        finished=notify,
+        changed=notify,
+    )
+    return Scheduler(worker, make_executor(registry, worker, settings), settings)
+
+
+def make_executor(registry: Any, worker: Worker, settings: dict[str, Any]) -> Any:
+    make = registry.queryUtility(IExecutorFactory, default=thread_executor)
+    executor = make(worker, settings)
+    executor.recovery = Recovery(
+        worker.store,
+        executor,
+        heartbeat=settings["heartbeat"],
+        lease=settings["lease"],
+        interval=settings["maintenance_interval"],
+    )
+    worker.later = executor.recovery.later
+    return executor
+
+
+def thread_executor(worker: Worker, settings: dict[str, Any]) -> ThreadExecutor:
+    return ThreadExecutor(
+        worker,
+        workers=settings["workers"],
+        max_pending=settings["max_pending"],
+        shutdown_timeout=settings["shutdown_timeout"],
+    )
+
+
+def databases(registry: Any) -> dict[str, Any]:
+    """Return pyramid_zodbconn's databases by name; the primary one is ``''``."""
+    return getattr(registry, "_zodb_databases", None) or {}
+
+
+def connector(registry: Any) -> Any:
+    """Return what gives a request's ZODB connection, or None where there is no ZODB."""
+    if not databases(registry):
+        return None
+    from pyramid_zodbconn import get_connection
+
+    return get_connection
+
+
+def make_store(registry: Any, settings: dict[str, Any]) -> Any:
+    database = databases(registry).get("")
+    if settings["store"] == "zodb" and database is None:
+        raise ConfigurationError(
+            "async.store is zodb and there is no ZODB: include pyramid_zodbconn and set"
+            " zodbconn.uri"
+        )
+    if settings["store"] == "ram" or database is None:
+        return RamStore(max_pending=settings["max_pending"])
+    return ZodbStore(database)
+
+
+def start(event: Any) -> None:
+    """Make the records' place in the database and look for jobs that an earlier process left."""
+    registry = event.app.registry
+    scheduler = registry.getUtility(IScheduler)
+    executor = scheduler.executor
+    enlarge_pools(registry, executor.workers)
+    exit_on_sigterm()
+    if isinstance(scheduler.store, ZodbStore):
+        if is_gunicorn_master():
+            # A request of a child could hang on a forked ZEO client before it meets our own check.
+            raise ConfigurationError(
+                "gunicorn --preload opens the ZODB and then forks, where a forked FileStorage"
+                " destroys data and a forked ZEO client hangs; make the application after the"
+                " fork: gunicorn without --preload"
+            )
+        scheduler.store.install()
+        executor.start()
+
+
+def enlarge_pools(registry: Any, workers: int) -> None:
+    """Make room in the pools for our connections, so that the ZODB never warns.
+
+    One for each worker, one for recovery, one for a view's own transaction and one that a
+    worker opens for a claim or a failure.
+    """
+    for database in databases(registry).values():
+        database.setPoolSize(database.getPoolSize() + 2 * workers + 2)
+
+
+# -- request.scheduler -----------------------------------------------------------------
+
+
+def request_scheduler(request: Any) -> Scheduler:
+    """Return the scheduler bound to the request's transaction, connection and user."""
+    get_connection = connector(request.registry)
+    caller = Caller(
+        connect=get_connection and (lambda: get_connection(request)),
+        owner=request.authenticated_userid,
+        origin=origin_of(request),
+        new_sid=RequestIds(request.environ),
+        respond=lambda status: views.accepted(request, status),
+    )
+    scheduler: Scheduler = request.registry.getUtility(IScheduler)
+    return scheduler.bind(request.tm, caller)
+
+
+# -- operations ------------------------------------------------------------------------
+
+
+def add_operation(
+    config: Any, name: str, f: Any, permission: str | None = None, **options: Any
+) -> None:
+    """Give a function a public name: its ``processID`` and JSON-RPC method.
+
+    *f* may be a dotted name.  *permission* is asked of whoever starts it by that name;
+    *options* are those of `using`.  Two operations of one name are a configuration conflict.
+    """
+    f = config.maybe_dotted(f)
+    check_options(options)  # refused now rather than at the first request
+    operation = Operation(name, f, permission, options)
+
+    def register() -> None:
+        scheduler = config.registry.getUtility(IScheduler)
+        scheduler.store.reference(f)  # refused now rather than at the first request
+        scheduler.operations[name] = operation
+
+    introspectable = config.introspectable("pyramid_async operations", name, name, "operation")
+    introspectable["operation"] = operation
+    config.action(("pyramid_async.operation", name), register, introspectables=(introspectable,))

@@ -1,0 +1,178 @@
+"""What a job's function sees of its job: `current_job`."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from secrets import token_hex
+from typing import Any, TypeVar
+
+from .interfaces import JobInterrupted, JobTimeout
+from .jobs import Live
+
+T = TypeVar("T")
+
+# Longest message of a job, in characters; what is longer is cut.
+MESSAGE_LIMIT = 500
+
+
+class Job:
+    """One attempt at a job, from the inside.
+
+    The function's own thread calls the methods; other threads read the attributes, which are
+    replaced and never changed in place, and call `interrupt`.  Nothing here touches the
+    job's record or its transaction.
+    """
+
+    request: Any = None
+    attempt = 1
+    cursor: Any = None  # of the last checkpoint, also of an earlier attempt
+
+    def __init__(self, sid: str, clock: Any = time.time) -> None:
+        self.sid = sid
+        self.clock = clock
+        self.signature = token_hex(16)
+        self.begun = False  # the function was called
+        self.checkpoints = 0
+        self.commit_checkpoint: Callable[[Any], None] | None = None
+        self.started = self.changed = clock()
+        self.percent: int | None = None
+        self.message: str | None = None
+        self.remaining: float | None = None
+        self.ticks = 1  # visible changes: to run is one
+        self.deadline: float | None = None  # monotonic
+        self._interrupt: JobInterrupted | None = None
+
+    def progress(self, done: float, total: float | None = None, message: Any = None) -> None:
+        """Tell how far the job is: *done* of *total* units, or a *message* alone.
+
+        Raises what `check` raises.  Costs about a microsecond; nothing is written.
+        """
+        self.check()
+        percent = self.percent
+        if total:
+            # 100 is for successful jobs, and progress never falls.
+            percent = max(percent or 0, min(99, max(0, int(100 * done / total))))
+            elapsed = self.clock() - self.started
+            self.remaining = elapsed * (total - done) / done if done > 0 else None
+        text = self.message if message is None else str(message)[:MESSAGE_LIMIT]
+        if (percent, text) != (self.percent, self.message):
+            self.percent, self.message = percent, text
+            self.changed = self.clock()
+            self.ticks += 1
+
+    def track(
+        self, iterable: Iterable[T], total: float | None = None, message: Any = None
+    ) -> Iterator[T]:
+        """Yield the items and tell the progress after each (*total*: ``len`` where it has one)."""
+        if total is None:
+            total = len(iterable) if hasattr(iterable, "__len__") else None  # type: ignore[arg-type]
+        self.progress(0, total, message)
+        for done, item in enumerate(iterable, 1):
+            yield item
+            self.progress(done, total, message)
+
+    def checkpoint(self, cursor: Any) -> None:
+        """Commit the work so far together with *cursor*, any value that can be stored.
+
+        A later attempt, after a conflict or a crash, finds the cursor in ``job.cursor`` and
+        goes on from there.  What is committed here stays, also when the job fails or is
+        dismissed.  Costs a commit; begins a new transaction, which sees what others did.
+        Raises what `check` raises, and ConflictError, which the function must let pass.
+        """
+        self.check()
+        if self.commit_checkpoint is not None:
+            self.commit_checkpoint(cursor)
+        self.cursor = cursor
+        self.checkpoints += 1
+
+    def check(self) -> None:
+        """Raise JobDismissed, JobTimeout or JobStopped when the job must not go on."""
+        if self._interrupt is not None:
+            raise self._interrupt
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            self.interrupt(JobTimeout(f"job {self.sid!r} ran longer than its timeout"))
+            self.check()
+
+    def live(self) -> Live:
+        """Return what is to be seen from outside.  Called from any thread."""
+        return Live(
+            self.started,
+            self.changed,
+            self.ticks,
+            self.percent,
+            self.message,
+            self.remaining,
+            self.signature,
+        )
+
+    def interrupt(self, reason: JobInterrupted) -> None:
+        """Make the next `check` raise; the first reason stays.  Called from any thread."""
+        if self._interrupt is None:
+            self._interrupt = reason
+
+
+class NoJob:
+    """The stand-in outside of a job: its calls do nothing, so functions stay callable."""
+
+    sid = None
+    request = None
+    attempt = 0
+    cursor = None
+
+    def progress(self, done: float, total: float | None = None, message: Any = None) -> None:
+        pass
+
+    def track(
+        self, iterable: Iterable[T], total: float | None = None, message: Any = None
+    ) -> Iterator[T]:
+        return iter(iterable)
+
+    def checkpoint(self, cursor: Any) -> None:
+        pass
+
+    def check(self) -> None:
+        pass
+
+
+_no_job = NoJob()
+_current: ContextVar[Job | NoJob] = ContextVar("pyramid_async.current_job", default=_no_job)
+
+
+def current_job() -> Job | NoJob:
+    """Return the job that this thread (or asyncio task) runs, or a stand-in."""
+    return _current.get()
+
+
+class running:
+    """Context manager: make a job the current one."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def __enter__(self) -> Job:
+        self.token = _current.set(self.job)
+        return self.job
+
+    def __exit__(self, *exc: object) -> None:
+        _current.reset(self.token)
+
+
+class Changes:
+    """Tells waiting threads that some job of this process changed."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self.count = 0
+
+    def tell(self) -> None:
+        with self._condition:
+            self.count += 1
+            self._condition.notify_all()
+
+    def wait(self, seen: int, timeout: float) -> None:
+        """Return once the count is no longer *seen*, or after *timeout* seconds."""
+        with self._condition:
+            self._condition.wait_for(lambda: self.count != seen, timeout)

@@ -1,0 +1,363 @@
+"""Every contract of pyramid_async: interfaces, events and exceptions.
+
+Read this module as the manual.  Each method says who calls it, in which thread and
+transaction, and what it raises.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zope.interface import Attribute, Interface, implementer
+
+# -- exceptions ------------------------------------------------------------------------
+
+
+class AsyncError(Exception):
+    """Base of the library's own errors: facts as arguments, text made in ``__str__``.
+
+    All facts are in ``args``, so that every error survives pickling.
+    """
+
+
+class NotSchedulable(AsyncError, ValueError):
+    """A function, an argument or an option that a job cannot be made of (what, why)."""
+
+    def __str__(self) -> str:
+        what, why = self.args
+        return f"{what} cannot be scheduled: {why}"
+
+
+class SchedulerFull(AsyncError):
+    """The RAM store holds as many unfinished jobs as ``async.max_pending`` allows (limit)."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.args[0]} jobs are waiting or running, the most that async.max_pending allows;"
+            " try again later or raise the setting"
+        )
+
+
+class JobNotFound(AsyncError, LookupError):
+    """No job has this sid, or it expired, or it was removed (sid)."""
+
+    def __str__(self) -> str:
+        return f"no job {self.args[0]!r}: unknown, expired or removed"
+
+
+class InvalidTransition(AsyncError):
+    """A job cannot go from one status to another (sid, status, wanted, allowed)."""
+
+    def __str__(self) -> str:
+        sid, status, wanted, allowed = self.args
+        names = ", ".join(allowed) or "none, it is final"
+        return f"job {sid!r} is {status} and cannot become {wanted}; allowed: {names}"
+
+
+class OperationFailed(AsyncError):
+    """Raised by a job to fail with a text that its user may read (text).
+
+    The text is shown as ``detail`` of the job's error on the wire.  Any other exception
+    shows nothing but an ``errorID`` that is found in the log.
+    """
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else "The operation failed."
+
+
+class JobFailed(AsyncError):
+    """What `get_result` returns for an exception that could not be kept (class, message)."""
+
+    def __str__(self) -> str:
+        name, message = self.args
+        return f"{name}: {message}" if message else name
+
+
+class JobInterrupted(BaseException):
+    """Raised by ``job.check()``; not an ``Exception``, so that a job's ``except`` passes it on."""
+
+
+class JobDismissed(JobInterrupted):
+    """The job was cancelled, or belongs to another worker by now: nothing it did will count."""
+
+
+class JobTimeout(JobInterrupted):
+    """The job ran longer than its ``timeout`` allows; it ends ``failed``."""
+
+
+class JobStopped(JobInterrupted):
+    """The process stops: the job is given back and will run again elsewhere or later."""
+
+
+# -- the scheduler ---------------------------------------------------------------------
+
+
+class IScheduler(Interface):
+    """Schedules functions and answers for them, inside one caller's transaction.
+
+    ``request.scheduler`` is bound to ``request.tm``, the request's ZODB connection and its
+    user.  ``registry.getUtility(IScheduler)`` is bound to nothing: it uses the thread's
+    transaction manager, or the one given by ``using(tm=...)``.  Every method may be called
+    from any thread that owns the transaction; none commits.
+    """
+
+    def using(**options: Any) -> IScheduler:
+        """Return the same scheduler with other options for what it schedules.
+
+        ``tm``             transaction manager to work in
+        ``title``          text for people, shown in the status document
+        ``result_timeout`` seconds that a finished job is kept
+        ``key``            while a job with this key is unfinished, `schedule` returns its sid
+                           and schedules nothing; one key space for all users
+        ``run_after``      seconds from now, or a datetime with a time zone: not before then
+        ``retry_on``       exception classes after which the job is tried again, with growing
+                           random delays (2 s, 4 s, ... at most), ``max_attempts`` times in all
+        ``timeout``        seconds after which ``job.check()`` raises `JobTimeout`
+        ``max_attempts``   claims after which a job that kills its runner ends ``failed``
+        ``queue``          name of the queue, for executors that have several
+
+        Raises `NotSchedulable` for an unknown option or a value that does not fit.
+        """
+
+    def schedule(f: Any, *args: Any, **kw: Any) -> str:
+        """Promise ``f(*args, **kw)`` and return its sid at once.
+
+        ``f`` starts after the commit of the caller's transaction, in another thread and
+        transaction; after an abort it never existed.  Persistent objects in the arguments
+        arrive as the same objects, loaded by the job's own connection.
+
+        Cost: no commit of its own; one record joins the caller's commit.
+        Raises `NotSchedulable`, or `SchedulerFull` (RAM store), before anything is promised.
+        """
+
+    def completed(sid: str) -> bool | None:
+        """Return None for an unknown job, False for an unfinished one, else True."""
+
+    def get_result(sid: str) -> Any:
+        """Return None for an unknown job, False for an unfinished one, else (value, exception).
+
+        Exactly one of the pair counts.  The job is removed when the caller's transaction
+        commits, and kept when it aborts.  A dismissed job gives ``(None, JobDismissed())``.
+        """
+
+    def remove(sid: str) -> None:
+        """Remove the job when the caller's transaction commits; dismiss it if unfinished."""
+
+    def cancel(sid: str) -> bool:
+        """Dismiss the job; return True if this call did it, False if it was final or unknown.
+
+        From the caller's commit on, no effect of the job can be committed.  When the job's
+        own commit comes first, the caller's commit raises a ConflictError.
+        """
+
+    def status(sid: str) -> Any:
+        """Return the job's `~pyramid_async.jobs.JobStatus`, or None for an unknown job."""
+
+    def jobs(status: Any = None) -> Any:
+        """Return the statuses of the user's own jobs, newest first (*status*: a name or several).
+
+        Without a user there are none; without a request they are everybody's.
+        Cost: reads every record that the store holds.
+        """
+
+    def accepted(sid: str) -> Any:
+        """Return the ``202 Accepted`` response for a job of this request."""
+
+
+class IJobStore(Interface):
+    """Where job records live.
+
+    A store is made once a process and called from many threads.  Its tables are seen by one
+    transaction: what is written there is committed or aborted with that transaction, and a
+    write to a record that another transaction wrote meanwhile raises a ConflictError at
+    commit.
+    """
+
+    process = Attribute("Fresh random id of this process: the holder of what it schedules.")
+    exclusive = Attribute("True when no other process can share the records.")
+    durable = Attribute("True when the records outlive the process.")
+
+    def table(tm: Any, connect: Any = None) -> Any:
+        """Return the `IJobTable` of *tm*'s current transaction.
+
+        *connect* returns the ZODB connection to use.  Without it that which the manager's
+        transaction has open is used, or else one is opened and kept for the manager.
+        """
+
+    def pack(value: Any, table: Any) -> Any:
+        """Return *value* as a payload for a record; raise `NotSchedulable` where it cannot be."""
+
+    def unpack(payload: Any, table: Any) -> Any:
+        """Return the value of a payload, its persistent objects loaded by *table*'s connection."""
+
+    def reference(f: Any) -> Any:
+        """Return what the record keeps of a function; raise `NotSchedulable`."""
+
+    def resolve(function: Any) -> Any:
+        """Return the function; raise ImportError or AttributeError where it is gone."""
+
+    def explain(error: BaseException) -> str:
+        """Say which object a conflict was about and who wrote it, for operators."""
+
+    def archive(sids: list[str]) -> None:
+        """Put finished records away, so that looking for lost jobs does not meet them."""
+
+    def expire(now: float) -> None:
+        """Forget the records that expired."""
+
+    def release(tm: Any) -> None:
+        """Close the connection that `table` opened for a manager; its transaction has ended."""
+
+
+class IJobTable(Interface):
+    """The records as one transaction sees them.
+
+    In the ZODB that is one snapshot; in RAM each record as it was last committed.
+    """
+
+    connection = Attribute("The ZODB connection of this transaction, or None.")
+
+    def get(sid: str) -> Any:
+        """Return the `~pyramid_async.jobs.JobRecord`, or None when unknown or expired."""
+
+    def add(record: Any) -> None:
+        """Insert a new record; two inserts of one sid conflict at commit.
+
+        Raises `SchedulerFull`.
+        """
+
+    def remove(record: Any) -> None:
+        """Delete the record, and write it: the attempt that runs it must conflict."""
+
+    def records() -> Any:
+        """Iterate over (sid, record) of all records; cost grows with what is stored.
+
+        The records are not loaded and not checked: expired and broken ones are among them.
+        """
+
+    def unfinished() -> Any:
+        """Iterate over (sid, record) of those not known to be finished, and a few that are."""
+
+    def keyed(key: str) -> str | None:
+        """Return the sid that last took the key; its job may be finished or gone."""
+
+    def take_key(key: str, sid: str) -> None:
+        """Give the key to a job; two that take one key conflict at commit."""
+
+    def last_seen(process: str | None) -> str:
+        """Describe a process and its last sign of life, for operators."""
+
+    def live(record: Any) -> Any:
+        """Return what another process showed of the attempt it runs, or None."""
+
+
+class IExecutor(Interface):
+    """Runs jobs somewhere else."""
+
+    held = Attribute("The sids that wait or run in this process.")
+    grace = Attribute("Seconds that recovery leaves a job alone which nobody holds.")
+
+    def wake(committed: bool, sid: str, queue: str | None = None) -> None:
+        """After-commit hook: pass the sid on.
+
+        Called in the thread of the scheduling transaction.  Puts an id on a local queue and
+        does nothing else: it never writes, never blocks and never raises.  *committed* tells
+        no more than whether to hurry: after a lost reply it is False and the job exists.
+        """
+
+    def put(sid: str, seen: str | None, queue: str | None = None) -> None:
+        """Have the job run; called by recovery, *seen* as in `~.worker.Worker.run`."""
+
+    def room() -> int:
+        """Return how many more jobs may be put."""
+
+    def start() -> None:
+        """Start this process's threads, if they do not run."""
+
+    def suspend(why: str) -> None:
+        """Take no jobs until ``suspended`` is set to False again; interrupt the running ones."""
+
+    def stop(timeout: float) -> None:
+        """Take no more jobs, tell the running ones, and return after *timeout* seconds at most."""
+
+
+class IExecutorFactory(Interface):
+    """Makes the executor of an application; a utility, for other kinds than threads."""
+
+    def __call__(worker: Any, settings: dict[str, Any]) -> Any:
+        """Return an `IExecutor` for the worker's jobs.  Starts nothing."""
+
+
+# -- events ----------------------------------------------------------------------------
+
+
+class IJobEvent(Interface):
+    """Something happened to a job; sent through ``registry.notify``.
+
+    It keeps a thread from other work: let a subscriber be quick, and leave to a job what takes
+    long.
+    """
+
+    sid = Attribute("The job's id.")
+    status = Attribute("What the job has become, as on the wire.")
+    registry = Attribute("The application registry.")
+
+
+class IJobAccepted(IJobEvent):
+    """A job was scheduled: it exists if the present transaction commits.
+
+    Sent in the thread and transaction of whoever schedules, so what a subscriber writes is
+    committed with the job, and what it raises reaches the caller of ``schedule``.  Not sent
+    for a ``key`` that an unfinished job has.
+    """
+
+
+class IJobStarted(IJobEvent):
+    """A worker is about to call the job's function; once a claim, not again after a conflict.
+
+    Sent in the worker's thread, inside the job's transaction: what is written there belongs
+    to the job and shares its fate, and nobody but the worker may end it.  What a subscriber
+    raises is logged.
+    """
+
+
+class IJobFinished(IJobEvent):
+    """A job's effects, result and status were committed, or its failure was.
+
+    ``status`` is ``successful`` or ``failed``.  Sent in the worker's thread, outside of any
+    transaction, at most once: a crash may swallow it.  What a subscriber raises is logged.
+    """
+
+
+class IJobCancelled(IJobEvent):
+    """A job was dismissed: it can have no effect once the present transaction commits.
+
+    Sent in the thread and transaction of whoever cancels, as `IJobAccepted` is.
+    """
+
+
+class JobEvent:
+    """See `IJobEvent`."""
+
+    def __init__(self, sid: str, status: str, registry: Any) -> None:
+        self.sid, self.status, self.registry = sid, status, registry
+
+
+@implementer(IJobAccepted)
+class JobAccepted(JobEvent):
+    """See `IJobAccepted`."""
+
+
+@implementer(IJobStarted)
+class JobStarted(JobEvent):
+    """See `IJobStarted`."""
+
+
+@implementer(IJobFinished)
+class JobFinished(JobEvent):
+    """See `IJobFinished`."""
+
+
+@implementer(IJobCancelled)
+class JobCancelled(JobEvent):
+    """See `IJobCancelled`."""

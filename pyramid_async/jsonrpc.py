@@ -1,0 +1,277 @@
+"""The same operations as JSON-RPC 2.0: start by name, ask, cancel."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+from uuid import uuid4
+
+from pyramid.httpexceptions import HTTPException
+from pyramid.response import Response
+from transaction.interfaces import TransientError
+
+from .documents import (
+    JSON,
+    NOTHING,
+    document,
+    dumps,
+    failure,
+    problem,
+    retry_after,
+    to_json,
+)
+from .interfaces import IScheduler, NotSchedulable, SchedulerFull
+from .jobs import DISMISSED, FAILED, FileResult, JobStatus
+from .resources import FULL_RETRY, add_resource
+from .views import outcome, root_of, visible
+
+log = logging.getLogger(__name__)
+
+MEDIA_TYPES = {JSON, "application/json-rpc"}
+BODY_LIMIT = 1024 * 1024  # bytes
+BATCH_LIMIT = 50
+
+PARSE_ERROR = (-32700, "Parse error")
+INVALID_REQUEST = (-32600, "Invalid Request")
+METHOD_NOT_FOUND = (-32601, "Method not found")
+INVALID_PARAMS = (-32602, "Invalid params")
+INTERNAL_ERROR = (-32603, "Internal error")
+NO_SUCH_JOB = (-32001, "No such job")
+BUSY = (-32002, "Busy")
+NO_RESULT = (-32003, "No result")
+FORBIDDEN = (-32004, "Forbidden")
+
+
+def add_rpc(config: Any) -> None:
+    """Add the route."""
+    add_resource(config, "async.rpc", "rpc", POST=rpc)
+
+
+def rpc(request: Any) -> Any:
+    """POST: answer a request or a batch; all in the request's transaction."""
+    if request.content_type not in MEDIA_TYPES:
+        raise problem(415)
+    answer = Dispatcher(request).answer(body_of(request))
+    if answer is None:
+        return Response(status=204)
+    return Response(dumps(answer), content_type=JSON)
+
+
+def body_of(request: Any) -> bytes:
+    """Return the body, or raise a 413 before more of it than allowed is read."""
+    if request.is_body_seekable:
+        request.body_file_raw.seek(0)  # an earlier attempt of pyramid_retry has read it
+    body: bytes = request.body_file.read(BODY_LIMIT + 1)
+    if len(body) > BODY_LIMIT:
+        raise problem(413)
+    return body
+
+
+# -- the protocol ------------------------------------------------------------------------
+
+
+class RpcError(Exception):
+    """What a call is answered with in place of a result: (code, message), data."""
+
+    def __init__(self, kind: tuple[int, str], data: Any = None) -> None:
+        super().__init__(kind, data)
+        self.error: dict[str, Any] = {"code": kind[0], "message": kind[1]}
+        if data is not None:
+            self.error["data"] = data
+
+
+class Undone(RpcError):
+    """A call failed in a way that may have left half of its work: the whole batch is undone."""
+
+
+class Dispatcher:
+    """Answers the calls of one HTTP request."""
+
+    def __init__(self, request: Any) -> None:
+        self.request = request
+        self.methods = Methods(request)
+
+    def answer(self, body: bytes) -> Any:
+        """Return what is to be sent: a response, a list of them, or None for nothing."""
+        try:
+            calls = parse(body)
+        except RpcError as error:
+            return response(None, error=error.error)
+        if not isinstance(calls, list):
+            return next(iter(self.answers([calls])), None)
+        if not 0 < len(calls) <= BATCH_LIMIT:
+            return response(None, error=RpcError(INVALID_REQUEST).error)
+        return self.answers(calls) or None
+
+    def answers(self, calls: list[Any]) -> list[dict[str, Any]]:
+        try:
+            answers = [self.respond(call) for call in calls]
+        except Undone as error:
+            # All jobs of a batch exist or none.
+            self.request.tm.doom()
+            answers = [refuse(call, error) for call in calls]
+        return [answer for answer in answers if answer is not None]
+
+    def respond(self, call: Any) -> dict[str, Any] | None:
+        """Return the response of one call, or None for a notification."""
+        if not is_call(call):
+            return response(None, error=RpcError(INVALID_REQUEST).error)
+        try:
+            answer = dict(result=self.result(call["method"], call.get("params", [])))
+        except Undone:
+            raise
+        except RpcError as error:
+            answer = dict(error=error.error)
+        return response(call["id"], **answer) if "id" in call else None
+
+    def result(self, name: str, params: Any) -> Any:
+        try:
+            return self.methods.call(name, params)
+        except (RpcError, HTTPException, TransientError):
+            raise
+        except SchedulerFull:
+            raise Undone(BUSY, {"retryAfter": FULL_RETRY}) from None
+        except Exception as error:
+            error_id = uuid4().hex[:12]
+            log.error("RPC method %r failed, errorID %s", name, error_id, exc_info=error)
+            raise Undone(INTERNAL_ERROR, {"errorID": error_id}) from None
+
+
+def parse(body: bytes) -> Any:
+    """Return strict JSON as Python objects, or raise the parse error."""
+    try:
+        return json.loads(body.decode(), parse_constant=no_number, parse_float=finite)
+    except (ValueError, RecursionError):
+        raise RpcError(PARSE_ERROR) from None
+
+
+def no_number(text: str) -> Any:
+    raise ValueError(text)
+
+
+def finite(text: str) -> float:
+    """Return the number, unless it is too large to be one when it is written again."""
+    number = float(text)
+    return number if math.isfinite(number) else no_number(text)
+
+
+def is_call(call: Any) -> bool:
+    """Say whether it is a request object of JSON-RPC 2.0."""
+    return (
+        isinstance(call, dict)
+        and call.get("jsonrpc") == "2.0"
+        and isinstance(call.get("method"), str)
+        and isinstance(call.get("params", []), list | dict)
+        and isinstance(call.get("id"), str | int | float | None)
+        and not isinstance(call.get("id"), bool)
+    )
+
+
+def response(id: Any, **answer: Any) -> dict[str, Any]:
+    return {"jsonrpc": "2.0", **answer, "id": id}
+
+
+def refuse(call: Any, error: RpcError) -> dict[str, Any] | None:
+    """Return the response of a call in a batch that was undone."""
+    if not is_call(call):
+        return response(None, error=RpcError(INVALID_REQUEST).error)
+    return response(call["id"], error=error.error) if "id" in call else None
+
+
+# -- the methods -------------------------------------------------------------------------
+
+
+class Methods:
+    """What can be called: the registered operations, and three methods about jobs.
+
+    All work in the request's transaction.
+    """
+
+    def __init__(self, request: Any) -> None:
+        self.request = request
+        self.scheduler = request.scheduler
+        self.operations = request.registry.getUtility(IScheduler).operations
+        self.own = {
+            "async.status": self.status,
+            "async.result": self.job_result,
+            "async.cancel": self.cancel,
+        }
+
+    def call(self, name: str, params: Any) -> Any:
+        if name in self.own:
+            method = self.own[name]
+            return method(**bound(method, params))
+        if name in self.operations:
+            return self.start(self.operations[name], params)
+        raise RpcError(METHOD_NOT_FOUND)
+
+    def start(self, operation: Any, params: Any) -> dict[str, Any]:
+        """Schedule an operation; return the document of its job."""
+        permission = operation.permission
+        if permission and not self.request.has_permission(permission, root_of(self.request)):
+            raise RpcError(FORBIDDEN)
+        args, kw = arguments(operation.function, params)
+        scheduler = self.scheduler.using(**operation.options)
+        try:
+            sid = scheduler.schedule(operation.function, *args, **kw)
+        except NotSchedulable:
+            raise RpcError(INVALID_PARAMS) from None
+        job = visible(self.request, sid, scheduler)
+        if job is None:  # it has the operation's key, and is another user's
+            raise RpcError(BUSY, {"retryAfter": FULL_RETRY})
+        return document(self.request, job)
+
+    def status(self, jobID: Any) -> dict[str, Any]:
+        job, value = self.outcome(jobID)
+        return document(self.request, job, value)
+
+    def job_result(self, jobID: Any) -> Any:
+        """Return the result where it is JSON; else say where it is, or why there is none."""
+        job, value = self.outcome(jobID)
+        if job.status == FAILED:
+            raise RpcError(NO_RESULT, failure(job))
+        if not job.done:
+            raise RpcError(NO_RESULT, {"status": job.status, "retryAfter": retry_after(job)})
+        if job.status == DISMISSED:
+            raise RpcError(NO_RESULT, {"status": job.status})
+        if value is NOTHING or isinstance(value, FileResult) or to_json(value) is None:
+            raise RpcError(NO_RESULT, {"links": document(self.request, job, value)["links"]})
+        return value
+
+    def cancel(self, jobID: Any) -> dict[str, Any]:
+        """Dismiss the job unless it is finished; return its document."""
+        self.find(jobID)
+        self.scheduler.cancel(jobID)
+        return self.status(jobID)
+
+    def outcome(self, sid: Any) -> tuple[JobStatus, Any]:
+        self.find(sid)
+        return outcome(self.scheduler, sid)
+
+    def find(self, sid: Any) -> None:
+        if not isinstance(sid, str):
+            raise RpcError(INVALID_PARAMS)
+        if visible(self.request, sid, self.scheduler) is None:
+            raise RpcError(NO_SUCH_JOB)
+
+
+def arguments(f: Callable[..., Any], params: Any) -> tuple[list[Any], dict[str, Any]]:
+    """Return (args, kw) of the parameters, or raise the error where they do not fit."""
+    args, kw = (params, {}) if isinstance(params, list) else ([], params)
+    try:
+        inspect.signature(f).bind(*args, **kw)
+    except TypeError:
+        raise RpcError(INVALID_PARAMS) from None
+    except ValueError:
+        pass  # a function in C that tells no signature: its job will tell
+    return args, kw
+
+
+def bound(f: Callable[..., Any], params: Any) -> dict[str, Any]:
+    """Return the parameters by name."""
+    args, kw = arguments(f, params)
+    return inspect.signature(f).bind(*args, **kw).arguments

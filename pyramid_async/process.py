@@ -1,0 +1,106 @@
+"""What belongs to one process and must not cross a fork: its identity, its connections."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+from uuid import uuid4
+from weakref import WeakValueDictionary
+
+from ZODB.Connection import Connection
+
+
+class Identity:
+    """A random id, a fresh one for each process.
+
+    Never a host or pod name: a restarted pod must not keep a dead process's jobs alive.
+    """
+
+    _living: Any = WeakValueDictionary()  # id -> Identity
+
+    def __init__(self) -> None:
+        self._ids: dict[int, str] = {}  # pid -> id
+
+    def __call__(self) -> str:
+        known = self._ids.get(os.getpid())
+        if known is None:
+            # Of two threads that ask first, one wins.
+            known = self._ids.setdefault(os.getpid(), uuid4().hex)
+            self._living[known] = self
+        return known
+
+    def was(self, id: str) -> bool:
+        """Say whether the id is ours, or was our parent's when it forked."""
+        return id in self._ids.values()
+
+    def end(self) -> None:
+        """Be dead for others; whoever asks next gets a new id."""
+        self._living.pop(self._ids.pop(os.getpid(), ""), None)
+
+    @classmethod
+    def lives_here(cls, id: str) -> bool:
+        """Say whether the id belongs to somebody in this very process."""
+        identity = cls._living.get(id)
+        return identity is not None and identity._ids.get(os.getpid()) == id
+
+
+class Connections:
+    """The ZODB connection to use with a transaction manager that came without one.
+
+    Two connections to one storage in one transaction would wait for each other's commit for
+    ever, so one that the caller has open is used.  Where there is none, we open one, which
+    stays open as long as the manager lives: a connection closed by an after-commit hook is
+    aborted once more by its transaction, when another thread may already have it from the
+    pool.
+    """
+
+    def __init__(self, db: Any = None) -> None:
+        self.db = db
+        # Our connection is an attribute of its manager: a dictionary here would keep both, for
+        # a connection refers to its manager.
+        self._name = f"_pyramid_async_{id(self)}"
+
+    def know(self, db: Any) -> None:
+        """Remember a database of those that persistent arguments come from."""
+        self.db = self.db or db
+
+    def open(self, tm: Any) -> Any:
+        """Return the connection of the manager's transaction, or None: no database is known."""
+        if self.db is None:
+            return None
+        # A manager belongs to one thread, so no lock is needed; and none must be held here, for
+        # to open a connection may take as long as a server is away.
+        tm = manager_itself(tm)
+        ours = vars(tm).get(self._name)
+        if ours is not None and ours.opened is None:
+            ours = None  # closed with its database
+        theirs = [c for c in connections_of(tm, self.db) if c is not ours]
+        if theirs:
+            return theirs[0]
+        if ours is None:
+            ours = vars(tm)[self._name] = self.db.open(tm)
+        return ours
+
+    def release(self, tm: Any) -> None:
+        """Close the connection that we opened for a manager, if any; its transaction has ended."""
+        ours = vars(manager_itself(tm)).pop(self._name, None)
+        if ours is not None and ours.opened is not None:
+            ours.close()
+
+
+def manager_itself(tm: Any) -> Any:
+    """Return the manager of this thread where *tm* is ``transaction.manager``."""
+    return getattr(tm, "manager", tm)
+
+
+def connections_of(tm: Any, db: Any) -> list[Any]:
+    """Return the open connections to a database that take part in a manager's transactions."""
+    found: list[Any] = []
+
+    def note(synchronizer: Any) -> None:
+        if isinstance(synchronizer, Connection) and synchronizer.db() is db:
+            found.append(synchronizer)
+
+    # Every open connection is a synchronizer of its manager; nothing public lists them.
+    tm._synchs.map(note)
+    return [connection for connection in found if connection.opened is not None]

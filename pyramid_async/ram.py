@@ -1,0 +1,373 @@
+"""The RAM store: job records in dictionaries, seen by one process and lost with it."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from persistent import Persistent
+from ZODB.POSException import ConflictError
+from zope.interface import implementer
+
+from .conflicts import explain
+from .context import PersistentContext, map_references, refer, resolve_references
+from .interfaces import IJobStore, IJobTable, NotSchedulable, SchedulerFull
+from .jobs import JobRecord
+from .process import Connections, Identity
+
+# Longest wait for another transaction between its vote and its finish, seconds.
+VOTE_TIMEOUT = 10.0
+
+
+@implementer(IJobStore)
+class RamStore:
+    """See IJobStore.  Optimistic like the ZODB: transactions copy records and compare at vote."""
+
+    exclusive = True
+    durable = False
+
+    def __init__(self, max_pending: int = 10_000, clock: Any = time.time) -> None:
+        self.max_pending = max_pending
+        self.clock = clock
+        self.identity = Identity()
+        self.lock = threading.Lock()
+        self.votes_ended = threading.Condition(self.lock)
+        # sid -> (serial, state of the record); states are replaced, never changed.
+        self.states: dict[str, tuple[int, dict[str, Any]]] = {}
+        self.pending: set[str] = set()
+        self.promised = 0  # records added by transactions that have not ended
+        self.voted: set[Any] = set()  # sids and keys between tpc_vote and tpc_finish
+        self.keys: dict[str, str] = {}  # key -> sid; those of finished jobs may be among them
+        self.expiry: list[tuple[float, str]] = []  # heap
+        self.connections = Connections()
+
+    @property
+    def process(self) -> str:
+        return self.identity()
+
+    def alive_here(self, process: str) -> bool:
+        # A forked child has copies of its parent's jobs, which the parent runs.
+        return self.identity.was(process)
+
+    def table(self, tm: Any, connect: Any = None) -> RamTable:
+        txn = tm.get()
+        try:
+            table: RamTable = txn.data(self)
+        except KeyError:
+            table = RamTable(self, tm, connect)
+            txn.set_data(self, table)
+        return table
+
+    def release(self, tm: Any) -> None:
+        self.connections.release(tm)
+
+    def reference(self, f: Any) -> Any:
+        if not callable(f):
+            raise NotSchedulable(repr(f), "it is not callable")
+        return f
+
+    def resolve(self, function: Any) -> Any:
+        return function
+
+    def pack(self, value: Any, table: RamTable) -> Any:
+        if isinstance(value, BaseException):
+            map_references([*value.args, vars(value)], _refuse)
+            # Its frames would keep the job's connection and objects alive.
+            value.__traceback__ = value.__context__ = value.__cause__ = None
+            return value
+
+        def replace(obj: Any) -> Any:
+            if isinstance(obj, PersistentContext):
+                if obj.database is not None:
+                    self.connections.know(obj.database)
+                return obj
+            reference = refer(obj, table.tm, table.connection)
+            self.connections.know(obj._p_jar.db())
+            return reference
+
+        # Copies, or else an attempt would find what an earlier one made of its arguments.
+        return map_references(value, replace, (Persistent, PersistentContext), copies=True)
+
+    def unpack(self, payload: Any, table: RamTable) -> Any:
+        return resolve_references(payload, lambda: table.connection, copies=True)
+
+    def explain(self, error: BaseException) -> str:
+        db = self.connections.db
+        return repr(error) if db is None else explain(error, db)
+
+    # -- maintenance
+
+    def archive(self, sids: list[str]) -> None:
+        """Do nothing: finished records are told apart already."""
+
+    def expire(self, now: float) -> None:
+        """Forget the records that expired."""
+        with self.lock:
+            while self.expiry and self.expiry[0][0] <= now:
+                _, sid = heapq.heappop(self.expiry)
+                _, state = self.states.get(sid, (0, {}))
+                # The sid may be a later job's by now.
+                if state.get("expires", math.inf) <= now:
+                    self.states.pop(sid, None)
+
+    # -- called by tables, under no lock
+
+    def promise(self) -> None:
+        with self.lock:
+            if len(self.pending) + self.promised >= self.max_pending:
+                raise SchedulerFull(self.max_pending)
+            self.promised += 1
+
+    def forget_promises(self, count: int) -> None:
+        with self.lock:
+            self.promised -= count
+
+    def vote(self, serials: dict[str, int], keys: dict[str, tuple[Any, str]]) -> None:
+        """Reserve records and keys for one transaction, or raise ConflictError.
+
+        Waits for a transaction that has voted on one of them, as a storage would.
+        """
+        wanted = {*serials, *(("key", key) for key in keys)}
+        with self.lock:
+            if not self.voted.isdisjoint(wanted):
+                self.votes_ended.wait_for(lambda: self.voted.isdisjoint(wanted), VOTE_TIMEOUT)
+            for sid, serial in serials.items():
+                if sid in self.voted or self.serial(sid) != serial:
+                    raise ConflictError(f"job {sid!r} was changed by another transaction")
+            for key, (seen, _) in keys.items():
+                if ("key", key) in self.voted or self.keys.get(key) != seen:
+                    raise ConflictError(f"key {key!r} was taken by another transaction")
+            self.voted |= wanted
+
+    def serial(self, sid: str) -> int:
+        entry = self.states.get(sid)
+        return 0 if entry is None else entry[0]
+
+    def apply(
+        self, changes: dict[str, dict[str, Any] | None], keys: dict[str, tuple[Any, str]]
+    ) -> None:
+        with self.lock:
+            self.keys.update((key, sid) for key, (_, sid) in keys.items())
+            for sid, state in changes.items():
+                self._apply(sid, state)
+            self._unvote(changes, keys)
+
+    def unvote(self, sids: Any, keys: Any) -> None:
+        with self.lock:
+            self._unvote(sids, keys)
+
+    def _unvote(self, sids: Any, keys: Any) -> None:
+        self.voted.difference_update(sids)
+        if keys:
+            self.voted.difference_update(("key", key) for key in keys)
+        self.votes_ended.notify_all()
+
+    def _apply(self, sid: str, state: dict[str, Any] | None) -> None:
+        serial, old = self.states.get(sid, (0, None))
+        if state is None:
+            self.states.pop(sid, None)
+        else:
+            self.states[sid] = (serial + 1, state)
+        expires = None if state is None else state.get("expires")
+        if state is not None and expires is None:
+            self.pending.add(sid)
+            return
+        self.pending.discard(sid)
+        self._free_key(sid, old or state or {})
+        if expires is not None:
+            heapq.heappush(self.expiry, (expires, sid))
+            # Finished jobs are bounded too: those that expire first give way.
+            while len(self.expiry) > self.max_pending:
+                self.states.pop(heapq.heappop(self.expiry)[1], None)
+
+    def _free_key(self, sid: str, state: dict[str, Any]) -> None:
+        key: Any = (state.get("options") or {}).get("key")
+        if self.keys.get(key) == sid:
+            del self.keys[key]
+
+
+def _refuse(obj: Any) -> None:
+    raise NotSchedulable(
+        f"an exception that holds {type(obj).__name__}",
+        "a persistent object belongs to its connection",
+    )
+
+
+@implementer(IJobTable)
+class RamTable:
+    """See IJobTable; the data manager of one transaction and the ``_p_jar`` of its records."""
+
+    def __init__(self, store: RamStore, tm: Any, connect: Any) -> None:
+        self.store = store
+        self.tm = tm
+        self.transaction_manager = tm
+        self._connect = connect
+        self._joined = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self._records: dict[str, JobRecord] = {}  # as last read
+        self._changed: dict[str, JobRecord] = {}  # written or added
+        self._removed: set[str] = set()  # of those
+        self._added: set[str] = set()  # of those
+        self._keys: dict[str, tuple[Any, str]] = {}  # key -> (sid as seen, new sid)
+        self._voted = False
+        self._promises = 0
+
+    @property
+    def connection(self) -> Any:
+        return self._connect() if self._connect else self.store.connections.open(self.tm)
+
+    # -- IJobTable
+
+    def get(self, sid: str) -> JobRecord | None:
+        """See IJobTable.  What others committed meanwhile is seen, unlike in the ZODB."""
+        record = self._changed.get(sid) or self._load(sid)
+        if record is None or sid in self._removed or record.expired(self.store.clock()):
+            return None
+        return record
+
+    def _load(self, sid: str) -> JobRecord | None:
+        # One dictionary look-up is atomic, and states are never changed in place.
+        serial, state = self.store.states.get(sid, (0, None))
+        record = self._records.get(sid)
+        if record is not None and record._v_serial == serial:
+            return record
+        if state is None:
+            return None
+        record = self._records[sid] = JobRecord.__new__(JobRecord)
+        record.__setstate__(state)
+        return self._adopt(record, serial)
+
+    def _adopt(self, record: JobRecord, serial: int) -> JobRecord:
+        # The serial stays with the object: a later read must not refresh what was read before.
+        record._v_serial = serial
+        record._p_jar = self
+        record._p_oid = record.sid
+        return record
+
+    def add(self, record: JobRecord) -> None:
+        self._join()  # first: only a transaction that we take part in takes promises back
+        self.store.promise()
+        self._promises += 1
+        self._added.add(record.sid)
+        # Where an expired record still has the sid, it is replaced.
+        self._adopt(record, self.store.serial(record.sid))._p_changed = True
+
+    def remove(self, record: JobRecord) -> None:
+        record._p_changed = True
+        self._removed.add(record.sid)
+
+    def is_removed(self, record: JobRecord) -> bool:
+        return record.sid in self._removed
+
+    def keyed(self, key: str) -> str | None:
+        return self._keys[key][1] if key in self._keys else self.store.keys.get(key)
+
+    def take_key(self, key: str, sid: str) -> None:
+        seen = self._keys[key][0] if key in self._keys else self.store.keys.get(key)
+        self._keys[key] = (seen, sid)
+
+    def last_seen(self, process: str | None) -> str:
+        return f"process {process}"
+
+    def live(self, record: JobRecord) -> None:
+        """Return None: no other process runs what is in RAM."""
+
+    def records(self) -> Iterator[tuple[str, JobRecord]]:
+        return self._all(self.store.states)
+
+    def unfinished(self) -> Iterator[tuple[str, JobRecord]]:
+        return self._all(self.store.pending)
+
+    def _all(self, sids: Any) -> Iterator[tuple[str, JobRecord]]:
+        with self.store.lock:
+            sids = {*sids, *self._changed}
+        return ((sid, record) for sid in sids if (record := self.get(sid)) is not None)
+
+    # -- the persistence machinery's jar
+
+    def register(self, record: JobRecord) -> None:
+        if self._changed.setdefault(record.sid, record) is not record:
+            raise ConflictError(f"job {record.sid!r} was read twice and changed in between")
+        self._join()
+
+    def _join(self) -> None:
+        if not self._joined:
+            self.tm.get().join(self)
+            self._joined = True
+
+    def _undo(self, sid: str) -> None:
+        record = self._changed.pop(sid)
+        self._records.pop(sid, None)
+        if record.sid in self._added:
+            self._added.discard(sid)
+            self._promises -= 1
+            self.store.forget_promises(1)
+
+    # -- the transaction's data manager
+
+    def sortKey(self) -> str:
+        # After every storage: nothing may fail between this vote and this finish.
+        return f"~pyramid_async.ram:{id(self.store)}"
+
+    def abort(self, txn: Any) -> None:
+        if not self._joined:
+            return  # after a successful commit, when all is empty already
+        if self._promises:
+            self.store.forget_promises(self._promises)
+        self._reset()
+        self._joined = False
+
+    def tpc_begin(self, txn: Any) -> None:
+        pass
+
+    def commit(self, txn: Any) -> None:
+        pass
+
+    def tpc_vote(self, txn: Any) -> None:
+        serials = {sid: record._v_serial for sid, record in self._changed.items()}
+        self.store.vote(serials, self._keys)
+        self._voted = True
+
+    def tpc_finish(self, txn: Any) -> None:
+        states: dict[str, Any] = {
+            sid: None if sid in self._removed else record.__getstate__()
+            for sid, record in self._changed.items()
+        }
+        self.store.apply(states, self._keys)
+        self.abort(txn)
+
+    def tpc_abort(self, txn: Any) -> None:
+        if self._voted:
+            self.store.unvote(self._changed, self._keys)
+        self.abort(txn)
+
+    def savepoint(self) -> _Savepoint:
+        return _Savepoint(self)
+
+
+class _Savepoint:
+    """What a table held when the savepoint was made."""
+
+    def __init__(self, table: RamTable) -> None:
+        self.table = table
+        self.states = {sid: record.__getstate__() for sid, record in table._changed.items()}
+        self.removed = set(table._removed)
+        self.keys = dict(table._keys)
+
+    def rollback(self) -> None:
+        table = self.table
+        for sid in [sid for sid in table._changed if sid not in self.states]:
+            table._undo(sid)
+        for sid, state in self.states.items():
+            # Assigned through the machinery the record stays registered.
+            serial = table._changed[sid]._v_serial
+            table._changed[sid].__setstate__(state)
+            table._changed[sid]._v_serial = serial
+        table._removed = set(self.removed)
+        table._keys = dict(self.keys)

@@ -1,0 +1,333 @@
+"""Find the jobs that nobody runs or nobody received; let the finished ones expire."""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from persistent import Persistent
+
+from .interfaces import JobDismissed
+from .jobs import ACCEPTED, JobRecord, Live
+from .transactional import transact
+
+log = logging.getLogger(__name__)
+
+# A finished record stays this long among the unfinished ones, seconds: a result that is
+# fetched at once never costs the move.
+ARCHIVE_AFTER = 60.0
+
+
+class Sign(Persistent):
+    """A process's sign of life: it moves while the process runs jobs, and lists them."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.beat = 0
+        self.at = 0.0
+        self.running: dict[str, Live] = {}
+
+
+class Recovery:
+    """One thread in each process that runs jobs.
+
+    Every second it tells running jobs that were dismissed elsewhere; every heartbeat it
+    writes a sign of life, while jobs wait or run here; every ``maintenance_interval`` it
+    looks for lost jobs.  An idle process writes nothing.
+    """
+
+    def __init__(
+        self,
+        store: Any,
+        executor: Any,
+        *,
+        heartbeat: float = 10.0,
+        lease: float = 60.0,
+        interval: float = 5.0,
+        monotonic: Any = time.monotonic,
+    ) -> None:
+        self.store = store
+        self.executor = executor
+        self.worker = executor.worker
+        self.heartbeat = heartbeat
+        self.lease = lease
+        self.interval = interval
+        self.monotonic = monotonic
+        self._ended = threading.Event()
+        self._last: Callable[[], None] | None = None
+        self._wake = threading.Event()
+        self._pid: int | None = None
+        self._thread: threading.Thread | None = None
+        # Process -> (its beat, when we first saw that beat, by our own clock).
+        self._observed: dict[str, tuple[int | None, float]] = {}
+        self._holders: set[str] = set()  # other processes that unfinished jobs name
+        self._signs: set[str] = set()  # processes that have a sign of life
+        # Sid -> (signature, beat of the holder) of running jobs that their holder does not list.
+        self._unlisted: dict[str, tuple[str | None, int]] = {}  # in this look
+        self._unlisted_before = self._unlisted  # in the look before
+        self._beating = False
+        self._beats = 0
+        self._shown = 0.0  # when the last sign of life was written, or the first was due
+        self._lock = threading.Lock()
+        self._timers: list[tuple[float, str]] = []  # heap of (when, sid)
+        self._timed: set[str] = set()  # the sids on it
+
+    # -- the thread
+
+    def start(self) -> None:
+        if self._pid == os.getpid() or self._ended.is_set():
+            return
+        self._pid = os.getpid()
+        self._thread = threading.Thread(
+            target=self._loop, name="pyramid_async-recovery", daemon=True
+        )
+        self._thread.start()
+
+    def end(self, last: Callable[[], None]) -> None:
+        """Let the thread end, after it called *last*; without a thread call it here."""
+        if self._pid != os.getpid() or self._thread is None:
+            last()
+        self._last = last
+        self._ended.set()
+        self._wake.set()
+
+    def stop(self, timeout: float) -> None:
+        """Wait for the end of the thread, *timeout* seconds at most."""
+        self._ended.set()
+        self._wake.set()
+        if self._thread is not None and self._pid == os.getpid():
+            self._thread.join(timeout)
+
+    def _loop(self) -> None:
+        due = {self.tell: 0.0, self.beat: 0.0, self.look: 0.0}
+        every = {self.tell: 1.0, self.beat: self.heartbeat, self.look: self.interval}
+        while not self._ended.is_set():
+            for step, when in due.items():
+                if self.monotonic() >= when:
+                    pause = self._turn(step, every[step])
+                    due[step] = self.monotonic() + pause
+            pause = min(due.values()) - self.monotonic()
+            self._wake.wait(max(0.01, min(pause, self._fire())))
+            self._wake.clear()
+        if self._last is not None:
+            self._last()
+
+    def _turn(self, step: Any, every: float) -> float:
+        """Do a step and return the seconds until its next turn."""
+        begun = self.monotonic()
+        if self._safely(step) and step == self.look:
+            # A tenth of the time at most, however many jobs there are to look through.
+            return max(every, 9 * (self.monotonic() - begun))
+        # Never put off: who falls silent is taken for dead, and what failed may have waited
+        # long for a database that is back by now.
+        return every
+
+    def _safely(self, step: Any) -> bool:
+        """Do a step; return False, and log it, when it failed."""
+        try:
+            step()
+        except Exception:
+            log.exception("recovery could not %s; it goes on", step.__name__)
+            return False
+        return True
+
+    # -- jobs that wait for their time
+
+    def later(self, when: float, sid: str) -> None:
+        """Wake the job at *when*, seconds since the epoch.  Called from any thread.
+
+        What finds no room is found by `look` once it is due.
+        """
+        with self._lock:
+            if sid not in self._timed and len(self._timed) < self.executor.max_pending:
+                self._timed.add(sid)
+                heapq.heappush(self._timers, (when, sid))
+        self._wake.set()
+
+    def _due(self, now: float) -> list[str]:
+        with self._lock:
+            due = []
+            while self._timers and self._timers[0][0] <= now:
+                due.append(heapq.heappop(self._timers)[1])
+            self._timed.difference_update(due)
+            return due
+
+    def _fire(self) -> float:
+        """Wake the jobs that are due; return the seconds until the next one is."""
+        now = self.store.clock()
+        for sid in self._due(now):
+            try:
+                self._put(sid, now)
+            except Exception:
+                log.exception("job %r is due and was not put; the next look finds it", sid)
+        with self._lock:
+            return self._timers[0][0] - now if self._timers else math.inf
+
+    def _put(self, sid: str, now: float) -> None:
+        if sid in self.executor.held:
+            self.later(now + 0.05, sid)  # its last attempt has not quite ended
+        else:
+            self.executor.put(sid, "")
+
+    # -- signs of life
+
+    def tell(self) -> None:
+        """Interrupt the jobs running here that are no longer ours: dismissed, or rescued."""
+        # Listed before the transaction begins: what it does not see is gone, not too young.
+        jobs = {sid: job for sid, job in list(self.worker.running.items()) if job.begun}
+        if jobs:
+            transact(self.store, partial(self._tell, jobs))
+
+    def _tell(self, jobs: dict[str, Any], table: Any) -> None:
+        for sid, job in jobs.items():
+            record = table.get(sid)
+            if record is None or record.done or record.signature not in (None, job.signature):
+                job.interrupt(JobDismissed(f"job {sid!r} was dismissed or is another worker's"))
+
+    def beat(self) -> None:
+        """Write this process's sign of life while it holds jobs; one small commit.
+
+        Nothing where the records end with this process.
+        """
+        if not self.store.durable:
+            return
+        if self.executor.held or self.executor.suspended:
+            self._show_life()
+        elif self._beating:
+            transact(self.store, self._fall_silent)
+            self._beating = False
+
+    def _show_life(self) -> None:
+        now = self.monotonic()
+        if not self._beating:
+            self._beating, self._shown = True, now
+        try:
+            transact(self.store, self._beat)
+        except Exception:
+            # By now others take our jobs: what we do with them could not be committed.
+            # The failure itself may have taken long, so the clock is asked again.
+            if self.monotonic() - self._shown > self.lease:
+                self.executor.suspend(f"no sign of life could be written for {self.lease:g} s")
+            raise
+        self._shown = now
+        self.executor.suspended = False
+
+    def _beat(self, table: Any) -> None:
+        sign = table.sign(self.store.process)
+        if sign is None:
+            sign = table.root.signs[self.store.process] = Sign(process_name())
+        # Never a number that was shown before: it would look like a counter that stands still.
+        self._beats += 1
+        sign.beat = self._beats
+        sign.at = self.store.clock()
+        sign.running = {sid: job.live() for sid, job in list(self.worker.running.items())}
+
+    def _fall_silent(self, table: Any) -> None:
+        table.root.signs.pop(self.store.process, None)
+
+    # -- lost jobs
+
+    def look(self) -> None:
+        """Look through the unfinished records once: rescue, archive, expire.
+
+        Cost: reads every unfinished record and those that finished since the last move.
+        """
+        self._holders.clear()
+        self._unlisted_before, self._unlisted = self._unlisted, {}
+        self.store.archive(transact(self.store, self._look))
+        self.store.expire(self.store.clock())
+        if self.store.durable:
+            self._bury()
+
+    def _look(self, table: Any) -> list[str]:
+        """Rescue what is lost; return the sids of records to archive."""
+        now = self.store.clock()
+        return [sid for sid, record in table.unfinished() if self._inspect(sid, record, table, now)]
+
+    def _inspect(self, sid: str, record: Any, table: Any, now: float) -> bool:
+        """Rescue the job if it is lost; say whether its record is to be archived."""
+        try:
+            if record.done:
+                return bool(record.finished + ARCHIVE_AFTER <= now)
+            if record.run_after is None or record.run_after <= now:
+                self._rescue(record, table)
+            elif record.holder == self.store.process:
+                self.later(record.run_after, sid)
+        except Exception:
+            # One bad record must not stop the others.
+            log.exception("the record of job %r cannot be read", sid)
+        return False
+
+    def _rescue(self, record: JobRecord, table: Any) -> None:
+        sid, queue = record.sid, record.option("queue")
+        if sid in self.executor.held or not self.executor.room():
+            return
+        if record.holder == self.store.process and record.signature is None:
+            # Our own, and not in our queue: its hook died or the queue was full.
+            self.executor.put(sid, "", queue)
+        elif self._lost(record, table):
+            if record.holder is not None:  # else it waits for a worker, look after look
+                log.info("job %r is taken up: %s", sid, table.last_seen(record.holder))
+            self.executor.put(sid, record.signature, queue)
+
+    def _lost(self, record: JobRecord, table: Any) -> bool:
+        if record.holder is None:
+            # Clocks of other machines are believed in this alone: whether to wait a little.
+            return bool(record.updated + self.executor.grace <= self.store.clock())
+        if record.holder == self.store.process:
+            return True  # an attempt of ours ended without a word
+        self._holders.add(record.holder)
+        if self.store.exclusive:
+            return not self.store.alive_here(record.holder)
+        sign = table.sign(record.holder)
+        return self._silent(record.holder, sign) or self._is_unlisted(record, sign)
+
+    def _silent(self, holder: str, sign: Sign | None) -> bool:
+        """Say whether a process gave no sign for a lease, by our own monotonic clock."""
+        beat = None if sign is None else sign.beat
+        now = self.monotonic()
+        seen, since = self._observed.get(holder, (beat, now))
+        self._observed[holder] = (beat, since if beat == seen else now)
+        return beat == seen and now - since > self.lease
+
+    def _is_unlisted(self, record: JobRecord, sign: Sign | None) -> bool:
+        """Say whether a living process does not know that it runs the job.
+
+        The reply to its claim was lost.  Two further beats must pass it over, for the claim
+        may be younger than the list.
+        """
+        if record.status == ACCEPTED or sign is None or record.sid in sign.running:
+            return False
+        now = (record.signature, sign.beat)
+        seen = self._unlisted_before.get(record.sid, now)
+        self._unlisted[record.sid] = seen = seen if seen[0] == record.signature else now
+        return sign.beat >= seen[1] + 2
+
+    def _bury(self) -> None:
+        """Forget the dead processes that no unfinished job names any more."""
+        dead = transact(self.store, self._dead)
+        if dead:
+            transact(self.store, partial(self._remove_signs, dead))
+        for process in set(self._observed) - self._holders - self._signs:
+            del self._observed[process]
+
+    def _dead(self, table: Any) -> list[str]:
+        signs = dict(table.root.signs.items())
+        self._signs = set(signs)
+        return [p for p, sign in signs.items() if p not in self._holders and self._silent(p, sign)]
+
+    def _remove_signs(self, processes: list[str], table: Any) -> None:
+        for process in processes:
+            table.root.signs.pop(process, None)
+
+
+def process_name() -> str:
+    """Return what an operator finds a process by; never its identity."""
+    return f"{os.uname().nodename}:{os.getpid()}"

@@ -1,0 +1,72 @@
+"""The request that a job runs with: the application's own kind, in the job's transaction."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pyramid_tm
+from pyramid.interfaces import IRequestFactory
+from pyramid.request import Request
+from pyramid.scripting import prepare
+from pyramid.threadlocal import manager as threadlocals
+
+from .attempt import end
+from .jobs import JobRecord
+from .transactional import mark
+
+log = logging.getLogger(__name__)
+
+
+def origin_of(request: Any) -> tuple[str, str, str]:
+    """Return (scheme, host, script name), so that a job makes the URLs of its request."""
+    return request.scheme, request.host, request.script_name
+
+
+class RequestSurroundings:
+    """What an attempt runs in, in a Pyramid application.
+
+    ``request.tm`` is made as pyramid_tm makes it, so ``tm.manager_hook`` is honoured; the
+    transaction begins before the application's code sees the request.
+    """
+
+    def __init__(self, registry: Any, connect: Any, tm: Any = None) -> None:
+        factory = registry.queryUtility(IRequestFactory, default=Request)
+        self.request = factory.blank("/")
+        self.request.registry = registry
+        self.tm = pyramid_tm.create_tm(self.request) if tm is None else tm
+        self.request.environ.update({"tm.manager": self.tm, "tm.active": True})
+        self.request.tm = self.tm
+        self.connect = connect and (lambda: connect(self.request))
+        self._depth = len(threadlocals.stack)
+
+    def begin(self) -> None:
+        mark(self.tm.begin())
+
+    def prepare(self, record: JobRecord) -> Any:
+        """Complete the request with what the scheduling request was: its host and its user."""
+        request = self.request
+        if record.origin:
+            scheme, host, script_name = record.origin
+            request.environ.update(
+                {"wsgi.url_scheme": scheme, "HTTP_HOST": host, "SCRIPT_NAME": script_name}
+            )
+        # The security policy would look for credentials, and a job has none.  Set before the
+        # root factory asks; a value, for the record is a ghost when the callbacks are called.
+        owner = record.owner
+        request.set_property(lambda _: owner, "authenticated_userid")
+        self._depth = len(threadlocals.stack)
+        prepare(request, request.registry)
+        return request
+
+    def end(self) -> None:
+        # Before the connection goes back to its pool.
+        end(self.tm)
+        try:
+            self.request._process_finished_callbacks()
+        except Exception:
+            # The job has its outcome already.
+            log.exception("a finished callback of a job's request failed")
+        finally:
+            # What `prepare` pushed, even where the root factory failed.
+            del threadlocals.stack[self._depth :]

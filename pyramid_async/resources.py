@@ -1,0 +1,114 @@
+"""A route whose every answer is what HTTP wants: 405 with Allow, and problems for exceptions."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+from uuid import uuid4
+
+from pyramid.httpexceptions import HTTPException
+from pyramid.security import NO_PERMISSION_REQUIRED
+from transaction.interfaces import TransientError
+
+from .cors import add_async_cors, protect
+from .documents import PROBLEM_JSON, busy, problem
+from .interfaces import SchedulerFull
+
+log = logging.getLogger(__name__)
+
+DEFAULT_PREFIX = "/async"
+_KEY = "pyramid_async.resources"
+# Seconds after which a full store may have room.
+FULL_RETRY = 5
+
+
+def add_refusals(config: Any) -> None:
+    """Add the views of exceptions that the application's own routes raise too."""
+    config.add_exception_view(full, context=SchedulerFull)
+
+
+def add_resource(config: Any, name: str, pattern: str, **views: Any) -> None:
+    """Add a route, a view for each method, and what answers everything else.
+
+    The route is below the prefix of the include, or else ``/async``.
+    """
+    with config.route_prefix_context(None if config.route_prefix else DEFAULT_PREFIX):
+        config.add_route(name, pattern, factory=Outside, inherit_slash=not pattern)
+    for method, view in views.items():
+        # Who may see a job is decided job by job; CSRF checks are the application's choice.
+        config.add_view(
+            view, route_name=name, request_method=method, permission=NO_PERMISSION_REQUIRED
+        )
+    methods = ["GET", "HEAD", *views] if "GET" in views else [*views]
+    config.registry.setdefault(_KEY, {})[name] = methods
+    add_async_cors(config, name, methods)
+    config.add_view(
+        NotAllowed(methods),
+        route_name=name,
+        permission=NO_PERMISSION_REQUIRED,
+        require_csrf=False,  # it does nothing, and a 400 would hide what is wrong
+    )
+    config.add_exception_view(refused, context=HTTPException, route_name=name)
+    config.add_exception_view(unavailable, context=TransientError, route_name=name)
+    config.add_exception_view(broken, context=Exception, route_name=name)
+
+
+def resources(registry: Any) -> dict[str, list[str]]:
+    """Return what `add_resource` added: route names and their methods."""
+    found: dict[str, list[str]] = registry[_KEY]
+    return found
+
+
+class Outside:
+    """The context of these routes: the application's own root would open its database."""
+
+    __name__ = __parent__ = None
+
+    def __init__(self, request: Any) -> None:
+        pass
+
+
+class NotAllowed:
+    """The view for all other methods: Pyramid alone would say 404."""
+
+    def __init__(self, methods: list[str]) -> None:
+        self.allow = ", ".join([*dict.fromkeys(methods), "OPTIONS"])
+
+    def __call__(self, request: Any) -> Any:
+        response = problem(405)
+        response.headers["Allow"] = self.allow
+        return response
+
+
+# -- exceptions ------------------------------------------------------------------------
+
+
+def full(error: SchedulerFull, request: Any) -> Any:
+    """Answer for a full store, on the application's own routes too."""
+    response = busy("Too many jobs are waiting; try again later.", FULL_RETRY)
+    protect(response)
+    return response
+
+
+def refused(error: Any, request: Any) -> Any:
+    """Return an HTTP exception as a problem, without what its body might tell."""
+    if error.content_type == PROBLEM_JSON or error.status_code < 400:
+        return error
+    response = problem(error.status_code)
+    for name in ("Allow", "Retry-After", "WWW-Authenticate"):
+        if name in error.headers:
+            response.headers[name] = error.headers[name]
+    return response
+
+
+def unavailable(error: TransientError, request: Any) -> Any:
+    """Answer for a database that is out of reach, or conflicts without end."""
+    log.warning("request %r was not answered: %r", request.path_info, error)
+    return busy("The service is busy; try again.", 1)
+
+
+def broken(error: Exception, request: Any) -> Any:
+    """Answer for a defect: with an id that is found in the log, and nothing else."""
+    error_id = uuid4().hex[:12]
+    log.error("request %r failed, errorID %s", request.path_info, error_id, exc_info=error)
+    return problem(500, errorID=error_id)

@@ -1,0 +1,438 @@
+"""Schedule, ask, cancel: inside the caller's transaction; the after-commit hook."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+import transaction
+from persistent import Persistent
+from zope.interface import implementer
+
+from .current import Changes
+from .interfaces import IScheduler, JobDismissed, JobFailed, JobNotFound
+from .jobs import ACCEPTED, DISMISSED, FAILED, JobRecord, JobStatus, check_options, status_of
+from .ram import RamStore
+from .recovery import Recovery
+from .threads import ThreadExecutor
+from .transactional import transact
+from .worker import Worker
+from .zodb import JobRoot, ZodbStore
+
+log = logging.getLogger(__name__)
+
+
+def new_sid() -> str:
+    """Return a job id: 128 bits from `secrets`, in hexadecimal."""
+    return secrets.token_hex(16)
+
+
+def moment(when: datetime | float | None, now: float) -> float | None:
+    """Return a datetime, or seconds from *now*, as seconds since the epoch."""
+    if when is None:
+        return None
+    return when.timestamp() if isinstance(when, datetime) else now + when
+
+
+@dataclass(frozen=True)
+class Caller:
+    """For whom a scheduler speaks: the request, or nobody.
+
+    *connect* returns the ZODB connection to use; *new_sid* makes the same ids again when the
+    same request is run again.
+    """
+
+    connect: Callable[[], Any] | None = None
+    owner: str | None = None
+    origin: tuple[str, str, str] | None = None
+    new_sid: Callable[[], str] = new_sid
+    respond: Callable[[JobStatus], Any] | None = None
+    sees_all: bool = False
+
+
+NOBODY = Caller(sees_all=True)
+
+
+class Operation(NamedTuple):
+    """A function with a public name, who may start it, and its options."""
+
+    name: str
+    function: Any
+    permission: str | None
+    options: dict[str, Any]
+
+
+@implementer(IScheduler)
+class Scheduler:
+    """See IScheduler.  Cheap to make: one for each request and each `using`."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        executor: Any,
+        settings: dict[str, Any] | None = None,
+        *,
+        operations: dict[str, Operation] | None = None,
+        tm: Any = None,
+        caller: Caller = NOBODY,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        self.worker = worker
+        self.store = worker.store
+        self.executor = executor
+        self.settings = settings or {}
+        self.operations: dict[str, Operation] = {} if operations is None else operations
+        self._tm = tm
+        self._caller: Caller = caller
+        self._options = options or {}
+
+    @property
+    def changes(self) -> Changes:
+        return self.worker.changes
+
+    def bind(self, tm: Any, caller: Any = NOBODY) -> Scheduler:
+        """Return this scheduler for another transaction manager and caller."""
+        return Scheduler(
+            self.worker,
+            self.executor,
+            self.settings,
+            operations=self.operations,
+            tm=tm,
+            caller=caller,
+            options=self._options,
+        )
+
+    def using(self, *, tm: Any = None, **options: Any) -> Scheduler:
+        """See IScheduler."""
+        if tm is None:
+            scheduler = self.bind(self._tm, self._caller)
+        else:
+            # The request's connection belongs to the request's manager.
+            scheduler = self.bind(tm, replace(self._caller, connect=None))
+        scheduler._options = {**self._options, **check_options(options)}
+        return scheduler
+
+    def transact(self, work: Callable[[Scheduler], Any]) -> Any:
+        """Call ``work(scheduler)`` in a transaction and on a connection of its own.
+
+        Commits, and repeats *work* after a conflict.  For callers that must know the outcome,
+        as the HTTP views: it never touches their transaction.
+        """
+        return transact(self.store, lambda table: work(self.bind(table.tm)))
+
+    # -- schedule
+
+    def schedule(self, f: Any, /, *args: Any, **kw: Any) -> str:
+        """See IScheduler."""
+        function = self.store.reference(f)
+        table = self._table()
+        sid = self._caller.new_sid()
+        if table.get(sid) is not None:
+            return self._wake_after_commit(sid)  # only the reply to its commit was lost
+        key = self._options.get("key")
+        if key is not None:
+            existing = self._unfinished(key, table)
+            if existing is not None:
+                return existing
+            table.take_key(key, sid)
+        table.add(self._record(sid, f, function, args, kw, table))
+        self.worker.changed(sid, ACCEPTED)
+        return self._wake_after_commit(sid)
+
+    def _unfinished(self, key: str, table: Any) -> str | None:
+        """Return the sid of the unfinished job that has the key, or None."""
+        sid: str | None = table.keyed(key)
+        record = None if sid is None else table.get(sid)
+        return None if record is None or record.done else sid
+
+    def _wake_after_commit(self, sid: str) -> str:
+        hook = (sid, self._options.get("queue"))
+        self._tm_in_use().get().addAfterCommitHook(self.executor.wake, hook)
+        return sid
+
+    def _record(self, sid: str, f: Any, function: Any, args: Any, kw: Any, table: Any) -> JobRecord:
+        now = self.store.clock()
+        options = {name: v for name, v in self._options.items() if name != "run_after"}
+        return JobRecord(
+            sid,
+            now,
+            function,
+            self.store.pack((args, kw), table) if args or kw else None,
+            owner=self._caller.owner,
+            origin=self._caller.origin,
+            process_id=self._operation_name(f),
+            options=options or None,
+            run_after=moment(self._options.get("run_after"), now),
+            holder=self.worker.holder,
+        )
+
+    def _operation_name(self, f: Any) -> str | None:
+        names = (name for name, known in self.operations.items() if known.function is f)
+        return next(names, None)
+
+    # -- ask
+
+    def completed(self, sid: str) -> bool | None:
+        """See IScheduler."""
+        record = self._table().get(sid)
+        return None if record is None else record.done
+
+    def get_result(self, sid: str) -> Any:
+        """See IScheduler."""
+        table = self._table()
+        record = table.get(sid)
+        if record is None:
+            return None
+        if not record.done:
+            return False
+        # Not removed yet: the same transaction may ask again.
+        self._tm_in_use().get().addBeforeCommitHook(self._collected, (record,))
+        return self._outcome(record, table)
+
+    def _collected(self, record: JobRecord) -> None:
+        table = self._table()
+        # The record as it was read: of two who collect it at once, one must conflict.
+        if not table.is_removed(record):
+            table.remove(record)
+
+    def _outcome(self, record: JobRecord, table: Any) -> tuple[Any, BaseException | None]:
+        if record.status == DISMISSED:
+            return None, JobDismissed(f"job {record.sid!r} was dismissed")
+        if record.status == FAILED:
+            return None, self._exception(record, table)
+        return self._value(record, table), None
+
+    def _exception(self, record: JobRecord, table: Any) -> BaseException:
+        with suppress(AttributeError, ImportError):  # its class is gone
+            if record.exception is not None:
+                error: BaseException = self.store.unpack(record.exception, table)
+                return error
+        assert record.failure is not None  # also where the workers died and nothing was raised
+        return JobFailed(*record.failure[:2])
+
+    def _value(self, record: JobRecord, table: Any) -> Any:
+        return None if record.result is None else self.store.unpack(record.result, table)
+
+    def outcome(self, sid: str) -> tuple[JobStatus, Any] | None:
+        """Return (status, value) without removing anything; None for an unknown job.
+
+        The value is None unless the job was successful.
+        """
+        table = self._table()
+        record = table.get(sid)
+        if record is None:
+            return None
+        return self._status(record, table), self._value(record, table)
+
+    def status(self, sid: str) -> JobStatus | None:
+        """See IScheduler."""
+        table = self._table()
+        record = table.get(sid)
+        return None if record is None else self._status(record, table)
+
+    def _status(self, record: JobRecord, table: Any) -> JobStatus:
+        job = self.worker.running.get(record.sid)
+        if job is not None and job.begun:
+            return status_of(record, job.live())
+        return status_of(record, table.live(record))
+
+    def jobs(self, status: str | Iterable[str] | None = None) -> list[JobStatus]:
+        """See IScheduler."""
+        wanted = {status} if isinstance(status, str) else status and set(status)
+        table = self._table()
+        statuses = self._statuses(table)
+        found = [job for job in statuses if not wanted or job.status in wanted]
+        return sorted(found, key=lambda job: (job.created, job.sid), reverse=True)
+
+    def _is_own(self, record: JobRecord) -> bool:
+        # A job without an owner is known by its id alone.
+        caller = self._caller
+        return caller.sees_all or (caller.owner is not None and record.owner == caller.owner)
+
+    def _statuses(self, table: Any) -> Iterator[JobStatus]:
+        now = self.store.clock()
+        for sid, record in table.records():
+            try:
+                if not record.expired(now) and self._is_own(record):
+                    yield self._status(record, table)
+            except Exception:
+                # One bad record must not hide the others.
+                log.exception("the record of job %r cannot be read", sid)
+
+    def accepted(self, sid: str) -> Any:
+        """See IScheduler."""
+        status = self.status(sid)
+        if status is None:
+            raise JobNotFound(sid)
+        if self._caller.respond is None:
+            raise TypeError("accepted() makes a response: it needs request.scheduler")
+        return self._caller.respond(status)
+
+    # -- cancel, remove
+
+    def cancel(self, sid: str) -> bool:
+        """See IScheduler."""
+        record = self._table().get(sid)
+        if record is None or record.done:
+            return False
+        record.finish(DISMISSED, self.store.clock(), self.worker.result_timeout)
+        self._tm_in_use().get().addBeforeCommitHook(self._confirm_dismissal, (sid,))
+        self.worker.changed(sid, DISMISSED)
+        return True
+
+    def _confirm_dismissal(self, sid: str) -> None:
+        """Have the job told after the commit, unless a savepoint took its dismissal back."""
+        record = self._table().get(sid)
+        if record is None or record.status == DISMISSED:
+            self._tm_in_use().get().addAfterCommitHook(self._dismissed, (sid,))
+
+    def _dismissed(self, committed: bool, sid: str) -> None:
+        if committed:
+            self.worker.interrupt(sid, JobDismissed(f"job {sid!r} was dismissed"))
+            self.worker.changes.tell()
+
+    def remove(self, sid: str) -> None:
+        """See IScheduler."""
+        self.cancel(sid)
+        table = self._table()
+        record = table.get(sid)
+        if record is not None:
+            table.remove(record)
+
+    # -- internal
+
+    def _tm_in_use(self) -> Any:
+        return transaction.manager if self._tm is None else self._tm
+
+    def _table(self) -> Any:
+        return self.store.table(self._tm_in_use(), self._caller.connect)
+
+
+class RequestIds:
+    """Makes the sids of one request: the same ones when pyramid_retry runs it again.
+
+    A commit whose reply was lost is repeated; only the same id tells that its job exists.
+    """
+
+    def __init__(self, environ: dict[str, Any]) -> None:
+        # The environ outlives the attempts; this object, like the request, does not.  Copies
+        # of the environ, as subrequests have them, share the list and so go on counting.
+        attempt = environ.get("retry.attempt", 0)
+        self.counter = environ.setdefault("pyramid_async.ids", [new_sid(), attempt, 0])
+        if attempt > self.counter[1]:
+            self.counter[1:] = attempt, 0
+
+    def __call__(self) -> str:
+        self.counter[2] += 1
+        nonce, _, ordinal = self.counter
+        return blake2b(f"{nonce}:{ordinal}".encode(), digest_size=16).hexdigest()
+
+
+# -- without Pyramid: the library that this one grew out of, under its names ------------
+
+
+class TransactionalScheduler(Scheduler):
+    """A scheduler in RAM for programs without Pyramid; thread-safe.
+
+    Works in the thread's own transaction, ``transaction.manager``.  Seen by this process
+    alone and lost with it; see PersistentTransactionalScheduler.
+    """
+
+    timeout = 3600.0  # seconds that a finished job is kept for who may still ask
+    workers = 4  # threads, started with the first job
+
+    def __init__(self, timeout: float | None = None) -> None:
+        """*timeout*: seconds that a finished job is kept."""
+        worker = Worker(RamStore(), result_timeout=self.timeout if timeout is None else timeout)
+        super().__init__(worker, executor_for(worker, self.workers))
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """Stop the threads; waiting jobs are lost."""
+        self.executor.stop(timeout)
+
+
+class PersistentTransactionalScheduler(Persistent):
+    """A scheduler that keeps its jobs in itself, and so in the ZODB; without Pyramid.
+
+    Put one into the database, commit, and use it from any connection, in the transaction of
+    that connection.  Jobs that a dead process left are run again by the next one that uses
+    the scheduler.
+    """
+
+    timeout = 3600.0  # seconds that a finished job is kept for who may still ask
+    workers = 4  # threads in each process, started at the first use
+    shards = 16
+
+    def __init__(self, timeout: float | None = None) -> None:
+        """*timeout*: seconds that a finished job is kept."""
+        if timeout is not None:
+            self.timeout = timeout
+        self.records = JobRoot(self.shards)
+
+    def schedule(self, f: Any, /, *args: Any, **kw: Any) -> str:
+        """See IScheduler."""
+        return self._scheduler().schedule(f, *args, **kw)
+
+    def completed(self, sid: str) -> bool | None:
+        """See IScheduler."""
+        return self._scheduler().completed(sid)
+
+    def get_result(self, sid: str) -> Any:
+        """See IScheduler."""
+        return self._scheduler().get_result(sid)
+
+    def remove(self, sid: str) -> None:
+        """See IScheduler."""
+        self._scheduler().remove(sid)
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """Stop this process's threads of this scheduler; the next use starts them again."""
+        scheduler = _in_use.pop(self._key(), None)
+        if scheduler is not None:
+            scheduler.executor.stop(timeout)
+
+    def _key(self) -> tuple[Any, bytes]:
+        if self._p_jar is None:
+            raise ValueError(
+                f"{self!r} is not in a database: make it an attribute or item of an object that"
+                " is, and commit"
+            )
+        return self._p_jar.db(), self._p_oid
+
+    def _scheduler(self) -> Scheduler:
+        db, oid = key = self._key()
+        scheduler = _in_use.get(key)
+        if scheduler is None:
+            with _in_use_lock:
+                scheduler = _in_use.get(key) or self._start(db, oid)
+                _in_use[key] = scheduler
+        connection = self._p_jar
+        return scheduler.bind(connection.transaction_manager, Caller(connect=lambda: connection))
+
+    def _start(self, db: Any, oid: bytes) -> Scheduler:
+        # A connection for each worker and each of their failures, for recovery and two callers.
+        db.setPoolSize(max(db.getPoolSize(), 2 * self.workers + 3))
+        store = ZodbStore(db, locate=lambda connection: connection.get(oid).records)
+        worker = Worker(store, result_timeout=self.timeout)
+        executor = executor_for(worker, self.workers)
+        executor.start()
+        return Scheduler(worker, executor)
+
+
+def executor_for(worker: Worker, workers: int) -> ThreadExecutor:
+    executor = ThreadExecutor(worker, workers)
+    executor.recovery = Recovery(worker.store, executor)
+    worker.later = executor.recovery.later
+    return executor
+
+
+# (database, oid of the scheduler) -> what runs its jobs in this process.
+_in_use: dict[tuple[Any, bytes], Scheduler] = {}
+_in_use_lock = threading.Lock()

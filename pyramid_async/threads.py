@@ -1,0 +1,187 @@
+"""The thread executor: a bounded pool of named daemon threads in this process."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from zope.interface import implementer
+
+from .interfaces import IExecutor, JobStopped
+
+log = logging.getLogger(__name__)
+
+
+@implementer(IExecutor)
+class ThreadExecutor:
+    """See IExecutor.  Threads start with the first job if not before, anew after a fork.
+
+    They are daemons, because the interpreter waits for others without limit; `stop` runs at
+    exit and waits for ``shutdown_timeout`` seconds.
+    """
+
+    grace = 0.0  # seconds that recovery leaves a job alone which nobody holds
+
+    def __init__(
+        self,
+        worker: Any,
+        workers: int = 2,
+        max_pending: int = 10_000,
+        shutdown_timeout: float = 5.0,
+    ) -> None:
+        self.worker = worker
+        worker.keeps = workers > 0
+        self.workers = workers
+        self.max_pending = max_pending
+        self.shutdown_timeout = shutdown_timeout
+        self.recovery: Any = None  # started and stopped with the threads, if there is one
+        # One lock a process: a fork may have copied a lock that is held.
+        self._locks: dict[int, threading.Lock] = {}
+        self._pid: int | None = None
+        self.stopped = False
+        self.suspended = False  # the database takes nothing from us at the moment
+        self._make()
+
+    def _make(self) -> None:
+        self.worker.running.clear()
+        self.queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.held: set[str] = set()  # sids that wait or run here
+        self.threads: list[threading.Thread] = []
+
+    def wake(self, committed: bool, sid: str, queue: str | None = None) -> None:
+        """See IExecutor.  There is one queue."""
+        try:
+            self.put(sid, "")
+        except Exception:
+            # No thread can be started at exit, say.  The record tells recovery.
+            log.exception("job %r could not be queued; recovery will find it", sid)
+
+    def put(self, sid: str, seen: str | None, queue: str | None = None) -> None:
+        """Queue a job; *seen* as in `Worker.run`."""
+        if self._pid != os.getpid():
+            self.start()  # nothing, once stopped
+        if sid in self.held or self.stopped or self.suspended or not self.room():
+            return
+        self.held.add(sid)
+        self.queue.put((sid, seen))
+
+    def room(self) -> int:
+        """Return how many more jobs fit into the queue; recovery fetches what did not."""
+        # What runs is held too.
+        return self.workers and max(0, self.max_pending + self.workers - len(self.held))
+
+    def start(self) -> None:
+        """Start the threads of this process, once."""
+        with self._locks.setdefault(os.getpid(), threading.Lock()):
+            if self._pid == os.getpid() or self.stopped:
+                return
+            self._make()
+            self.threads = [
+                threading.Thread(
+                    target=self._work, name=f"pyramid_async-worker-{number}", daemon=True
+                )
+                for number in range(1, self.workers + 1)
+            ]
+            for thread in self.threads:
+                thread.start()
+            if self.recovery is not None and self.workers:
+                self.recovery.start()
+            self._pid = os.getpid()
+            at_exit(self)
+
+    def _work(self) -> None:
+        while (item := self.queue.get()) is not None:
+            if self.stopped:
+                continue
+            try:
+                if not self.suspended:
+                    self.worker.run(*item)
+            except BaseException:
+                log.exception("job %r: the worker goes on", item[0])
+            finally:
+                self.held.discard(item[0])
+
+    def stop(self, timeout: float | None = None) -> None:
+        """See IExecutor.  Jobs that wait are dropped here; a durable store keeps them."""
+        self.stopped = True
+        if self._pid != os.getpid():
+            return
+        self._pid = None
+        deadline = time.monotonic() + (self.shutdown_timeout if timeout is None else timeout)
+        self._interrupt_all(f"process {os.getpid()} stops")
+        for _ in self.threads:
+            self.queue.put(None)
+        # In recovery's thread: a database that is away must not keep the process from its exit.
+        if self.recovery is None:
+            self._give_back()
+        else:
+            self.recovery.end(self._give_back)
+        for thread in self.threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if self.recovery is not None:
+            self.recovery.stop(max(0.1, deadline - time.monotonic()))
+        # Whoever uses the database next in this very process takes what waited here.
+        self.worker.store.identity.end()
+        self.worker.keeps = False
+        if self.worker.running:
+            log.warning("stopped with jobs still running: %s", ", ".join(self.worker.running))
+
+    def suspend(self, why: str) -> None:
+        """Take no jobs for now and interrupt the running ones; recovery finds them all again."""
+        if not self.suspended:
+            log.error("no jobs are taken: %s", why)
+        self.suspended = True
+        self._interrupt_all(why)
+
+    def _interrupt_all(self, why: str) -> None:
+        for sid in list(self.worker.running):
+            self.worker.interrupt(sid, JobStopped(why))
+
+    def _give_back(self) -> None:
+        # A copy: a worker that ends its job meanwhile changes the set.
+        waiting = [sid for sid in list(self.held) if sid not in self.worker.running]
+        try:
+            self.worker.give_back(waiting)
+        except Exception:
+            # Recovery finds them by the lease.
+            log.exception("%d waiting jobs could not be given back", len(waiting))
+
+
+def exit_on_sigterm() -> None:
+    """Let SIGTERM end the process like ``sys.exit``, so that `stop` runs.
+
+    Only in the main thread, and only where nobody else handles the signal: waitress does not,
+    and would die at once.
+    """
+    if (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    ):
+        signal.signal(signal.SIGTERM, _exit)
+
+
+def _exit(signum: int, frame: Any) -> None:
+    sys.exit(128 + signum)
+
+
+def at_exit(executor: ThreadExecutor) -> None:
+    """Stop the executor when the interpreter exits, unless it is gone by then."""
+    reference: Callable[[], ThreadExecutor | None] = weakref.ref(executor)
+
+    def drain() -> None:
+        executor = reference()
+        if executor is not None:
+            executor.stop()
+
+    atexit.register(drain)
+    # Or else the finalizer is called at exit too, before `drain`, and takes it away.
+    weakref.finalize(executor, atexit.unregister, drain).atexit = False

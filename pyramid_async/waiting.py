@@ -1,0 +1,120 @@
+"""Hold a request until its job is worth an answer, without a transaction or connection."""
+
+from __future__ import annotations
+
+import math
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from .documents import problem
+from .interfaces import IScheduler
+from .jobs import JobStatus
+
+# Seconds after which a waiter looks again: other processes tell nothing, and clients leave.
+LOOK = 0.5
+
+_KEY = "pyramid_async.slots"
+_PREFER_WAIT = re.compile(r'(?:^|,)\s*wait\s*=\s*("?)([0-9]+)\1\s*(?=[;,]|$)', re.IGNORECASE)
+
+
+class Slots:
+    """How many requests of this process are held; taking a slot never blocks."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.taken = 0
+
+    @contextmanager
+    def take(self, limit: int) -> Iterator[bool]:
+        """Say whether one of *limit* slots was free, and hold it for the time of the block."""
+        with self._lock:
+            free = self.taken < limit
+            self.taken += free
+        try:
+            yield free
+        finally:
+            with self._lock:
+                self.taken -= free
+
+
+def add_slots(config: Any) -> None:
+    config.registry[_KEY] = Slots()
+
+
+def wanted(request: Any) -> int:
+    """Return the seconds for which the client wants to be held; the header wins.
+
+    A malformed header is ignored, as RFC 7240 has it; a malformed parameter is refused.
+    """
+    asked = [digits(text) for text in parameters(request, "wait")]
+    if None in asked:
+        raise problem(400, detail="wait must be a whole number of seconds")
+    preferred = _PREFER_WAIT.search(request.headers.get("Prefer", ""))
+    return digits(preferred[2]) if preferred else (asked or [0])[0]  # type: ignore[return-value]
+
+
+def parameters(request: Any, name: str) -> list[str]:
+    """Return all values of a query parameter."""
+    try:
+        return list(request.GET.getall(name))
+    except UnicodeDecodeError:
+        raise problem(400, detail="the query is not UTF-8") from None
+
+
+def digits(text: str) -> int | None:
+    """Return a whole number of any length, but none over a billion."""
+    if not (text.isascii() and text.isdigit()):
+        return None
+    return min(10**9, int(text.lstrip("0")[:10] or "0"))
+
+
+def hold(
+    request: Any, job: JobStatus, enough: Callable[[JobStatus], bool]
+) -> tuple[JobStatus | None, int | None]:
+    """Wait as the client wants, until the job is *enough*; return its status then.
+
+    Also return the seconds of the wait that was granted, or None.
+    """
+    seconds = wanted(request)
+    settings = request.registry.getUtility(IScheduler).settings
+    seconds = min(seconds, settings["wait_max"])
+    if not seconds or enough(job) or request.method == "HEAD":
+        return job, None
+    with request.registry[_KEY].take(settings["wait_slots"]) as free:
+        if not free:
+            return job, None
+        with transaction_released(request):
+            return watch(request, job.sid, enough, seconds), math.ceil(seconds)
+
+
+@contextmanager
+def transaction_released(request: Any) -> Iterator[None]:
+    """End the request's transaction for a while: who the user is may have been read in it."""
+    if not request.environ.get("tm.active"):
+        yield
+        return
+    request.tm.abort()
+    try:
+        yield
+    finally:
+        request.tm.begin()
+
+
+def watch(
+    request: Any, sid: str, enough: Callable[[JobStatus], bool], seconds: float
+) -> JobStatus | None:
+    """Return the job's status once it is *enough*, the time is over or the client has left."""
+    scheduler = request.registry.getUtility(IScheduler)
+    gone = request.environ.get("waitress.client_disconnected", lambda: False)
+    deadline = time.monotonic() + seconds
+    while True:
+        seen = scheduler.changes.count  # before the look: no change between both is missed
+        job = scheduler.transact(lambda inside: inside.status(sid))
+        left = deadline - time.monotonic()
+        if job is None or enough(job) or left <= 0 or gone():
+            return job
+        scheduler.changes.wait(seen, min(left, LOOK))

@@ -1,0 +1,344 @@
+"""Run one job: claim, attempt, try again, record a failure; the same for every executor."""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Callable
+from secrets import token_hex
+from typing import Any
+
+from transaction.interfaces import TransientError
+
+from .attempt import Attempt, NotDue, NotOurs, Surroundings, Unreliable
+from .current import Changes, Job
+from .interfaces import JobDismissed, JobFailed, JobStopped, NotSchedulable, OperationFailed
+from .jobs import ACCEPTED, FAILED, RUNNING, SUCCESSFUL, Failure, JobRecord, class_name
+from .transactional import LONGEST_PAUSE, backoff, transact
+
+log = logging.getLogger(__name__)
+
+# Longest delay before a job is tried again by `retry_on`, seconds.
+LONGEST_DELAY = 300.0
+
+
+class Worker:
+    """Runs the jobs of one store, one attempt after the other; thread-safe.
+
+    ``running`` tells what is being run by this process: sid -> `~pyramid_async.current.Job`.
+    ``later(when, sid)`` is called for a job that must wait, and wakes it.
+    """
+
+    attempt: Callable[..., Attempt] = Attempt  # replaced by tests that inject faults
+
+    def __init__(
+        self,
+        store: Any,
+        *,
+        surroundings: Callable[..., Any] = Surroundings,
+        conflict_attempts: int = 10,
+        max_attempts: int = 3,
+        result_timeout: float = 3600.0,
+        finished: Callable[[str, str], None] = lambda sid, status: None,
+        changed: Callable[[str, str], None] = lambda sid, status: None,
+    ) -> None:
+        self.store = store
+        self.surroundings = surroundings
+        self.conflict_attempts = conflict_attempts
+        self.max_attempts = max_attempts
+        self.result_timeout = result_timeout
+        self.finished = finished  # called with (sid, status) for a successful or failed job
+        self.changed = changed  # called likewise for every other change that is told
+        self.keeps = True  # jobs wait in a queue of this process, and need no claim from there
+        self.later: Callable[[float, str], None] = lambda when, sid: None
+        self.running: dict[str, Job] = {}
+        self.changes = Changes()
+
+    @property
+    def holder(self) -> str | None:
+        """Who may run without a claim what is scheduled here: this process, or nobody."""
+        process: str | None = self.store.process if self.keeps else None
+        return process
+
+    def run(self, sid: str, seen: str | None = "") -> None:
+        """Run the job if it is ours to run; never raise.
+
+        *seen* is given for a job to be rescued: the signature that its record bore when it
+        was judged lost (None: no attempt had signed it).  Then it is claimed first.
+        """
+        if seen == "":
+            self._start(sid, None)
+        else:
+            self._start(sid, lambda record: bool(record.signature == seen))
+
+    def answer(self, sid: str) -> None:
+        """Run a job that a message announced, if nobody holds it; never raise."""
+        self._start(sid, lambda record: record.status == ACCEPTED and record.holder is None)
+
+    def _start(self, sid: str, is_free: Callable[[JobRecord], bool] | None) -> None:
+        job = Job(sid, self.store.clock)
+        if self.running.setdefault(sid, job) is not job:
+            return  # another thread has it: a doubled wake-up
+        try:
+            if is_free is None or self._claim(job, is_free):
+                self._run(job)
+        except Exception:
+            # The database is out of reach, or this is a defect: recovery finds the job later.
+            log.exception("job %r was left as it is", sid)
+        finally:
+            del self.running[sid]
+            self.changes.tell()
+
+    def free(self, sid: str, seen: str | None) -> None:
+        """Let any process claim a lost job, whose record bore the signature *seen*."""
+
+        def lose(table: Any) -> None:
+            record = table.get(sid)
+            if record is not None and not record.done and record.signature == seen:
+                self._reach(record, table)
+                record.lose(self.store.clock())
+
+        transact(self.store, lose)
+
+    def interrupt(self, sid: str, reason: Any) -> None:
+        """Tell the job, if it runs here."""
+        job = self.running.get(sid)
+        if job is not None:
+            job.interrupt(reason)
+
+    def fail(self, sid: str, reason: Any) -> None:
+        """End the job if it runs here, for it is about to be killed; its attempt conflicts."""
+        job = self.running.get(sid)
+        if job is not None:
+            job.interrupt(reason)
+            self._fail(job, reason)
+
+    # -- claim
+
+    def _claim(self, job: Job, is_free: Callable[[JobRecord], bool]) -> bool:
+        """Take over a job by writing its record; return False when somebody else has it."""
+
+        def claim(table: Any) -> float | str | bool:
+            record = table.get(job.sid)
+            if record is None or record.done:
+                return False
+            if record.signature == job.signature:
+                return True  # the reply to an earlier commit was lost
+            if not is_free(record):
+                return False
+            if record.run_after is not None and record.run_after > self.store.clock():
+                return float(record.run_after)
+            return self._take(record, job, table)
+
+        taken = transact(self.store, claim)
+        if isinstance(taken, float):
+            self.later(taken, job.sid)
+        elif taken == FAILED:
+            self._tell(job, FAILED)
+        return taken is True
+
+    def _take(self, record: JobRecord, job: Job, table: Any) -> str | bool:
+        """Claim the job and return True, or end it and return its status."""
+        if record.attempts >= record.option("max_attempts", self.max_attempts):
+            self._give_up(record, table)
+            return FAILED
+        if record.attempts == 0 and table.live(record) is not None:
+            record.attempts = 1  # the first attempt needed no claim, but it was seen to run
+        self._reach(record, table)
+        record.claim(self.store.process, job.signature, self.store.clock())
+        return True
+
+    def _reach(self, record: JobRecord, table: Any) -> None:
+        live = table.live(record)
+        record.reach(live and live.percent)
+
+    def _give_up(self, record: JobRecord, table: Any) -> None:
+        """Fail a job whose runners died; the reason tells what was seen."""
+        reason = (
+            f"{record.attempts} attempts ended without a word; the last worker was"
+            f" {table.last_seen(record.holder)}"
+        )
+        log.error("job %r failed: %s", record.sid, reason)
+        now = self.store.clock()
+        if record.status == ACCEPTED:
+            record.move(RUNNING, now)
+        record.failure = Failure("JobLost", reason, "", token_hex(6))
+        record.finish(FAILED, now, self.result_timeout)
+
+    # -- run
+
+    def _run(self, job: Job) -> None:
+        conflicts = Conflicts()
+        while True:
+            begun = time.monotonic()
+            try:
+                self._attempt(job)
+            except NotOurs as error:
+                self._not_ours(job, error.args[0])
+            except NotDue as error:
+                self.later(error.args[0], job.sid)
+            except TransientError as error:
+                limit = 3 if isinstance(error, Unreliable) else self.conflict_attempts
+                pause = conflicts.pause(job.checkpoints, time.monotonic() - begun, limit)
+                if pause is not None:
+                    why = self.store.explain(error)
+                    log.info("job %r: again in %.2f s after %s", job.sid, pause, why)
+                    time.sleep(pause)
+                    continue
+                self._fail(job, error, self.store.explain(error))
+            except JobDismissed as error:
+                log.info("%s", error)
+            except JobStopped as error:
+                log.info("job %r is given back: %s", job.sid, error)
+                transact(self.store, lambda table: self._release(job, table))
+            except BaseException as error:
+                self._fail(job, error)
+            else:
+                self._tell(job, SUCCESSFUL)
+            return
+
+    def _attempt(self, job: Job) -> None:
+        surroundings = self.surroundings()
+        self.attempt(job, self.store, surroundings, self.result_timeout, self._begun).run()
+
+    def _begun(self, job: Job) -> None:
+        self.tell(job.sid, RUNNING)
+
+    def _not_ours(self, job: Job, record: JobRecord | None) -> None:
+        """Tell what an earlier commit of ours, whose reply was lost, made of the job."""
+        if record is not None and record.done and record.signature == job.signature:
+            self._tell(job, record.status)
+
+    # -- after a failure
+
+    def _fail(self, job: Job, error: BaseException, message: str | None = None) -> None:
+        """Record the failure in a transaction of its own; the job's effects are gone."""
+        failure = failure_of(error, message)
+        # Logged before the commit, for whoever sees the errorID may look for it at once.
+        self._log_failure(job, error, failure)
+        status, again = transact(
+            self.store, lambda table: self._record_failure(job, error, failure, table)
+        )
+        if status != FAILED:
+            log.info("job %r is %s", job.sid, status)
+        if again is not None:
+            self.later(again, job.sid)
+        self._tell(job, status)
+
+    def _log_failure(self, job: Job, error: BaseException, failure: Failure) -> None:
+        if failure.text is not None:  # meant for the user: nothing is wrong with the program
+            log.info("job %r failed, errorID %s: %r", job.sid, failure.error_id, failure.text)
+            return
+        log.error(
+            "job %r raised %s, errorID %s: %r",
+            job.sid,
+            failure.class_name,
+            failure.error_id,
+            failure.message,
+            exc_info=error,
+        )
+
+    def _record_failure(
+        self, job: Job, error: BaseException, failure: Failure, table: Any
+    ) -> tuple[str, float | None]:
+        """Return the status that the job has now, and when it is to be tried again."""
+        record = table.get(job.sid)
+        if record is None:
+            return "removed", None
+        if record.failure is not None and record.failure.error_id == failure.error_id:
+            return record.status, record.run_after  # only the reply to our commit was lost
+        if not record.belongs_to(self.store.process, job.signature):
+            return record.status, None
+        now = self.store.clock()
+        if record.status == ACCEPTED:
+            record.claim(self.store.process, job.signature, job.started)
+        record.failure = failure
+        if self._may_retry(record, error):
+            again = now + next(backoff(1, 2.0**record.attempts, most=LONGEST_DELAY))
+            record.reach(job.percent)
+            record.retry(now, again, self.holder)
+            return ACCEPTED, again
+        record.exception = self._storable(error, table)
+        record.finish(FAILED, now, self.result_timeout)
+        return FAILED, None
+
+    def _may_retry(self, record: JobRecord, error: BaseException) -> bool:
+        chosen = record.option("retry_on", ())
+        return record.attempts < record.option("max_attempts", self.max_attempts) and any(
+            class_name(kind) in chosen for kind in type(error).__mro__
+        )
+
+    def _storable(self, error: BaseException, table: Any) -> Any:
+        try:
+            return self.store.pack(error, table)
+        except NotSchedulable:
+            return self.store.pack(JobFailed(type(error).__name__, text_of(error)), table)
+
+    # -- give back
+
+    def give_back(self, sids: list[str]) -> None:
+        """Let any process run the jobs that wait here; called when this one stops."""
+        if sids and not self.store.exclusive:
+            transact(self.store, lambda table: self._release_all(sids, table))
+
+    def _release_all(self, sids: list[str], table: Any) -> None:
+        for sid in sids:
+            self._release(Job(sid), table)
+
+    def _release(self, job: Job, table: Any) -> None:
+        record = table.get(job.sid)
+        if record is not None and record.belongs_to(self.store.process, job.signature):
+            record.reach(job.percent)
+            record.release(self.store.clock())
+
+    def _tell(self, job: Job, status: str | None) -> None:
+        if status in (SUCCESSFUL, FAILED):
+            self.tell(job.sid, status)
+
+    def tell(self, sid: str, status: str) -> None:
+        """Send the event that a job has become *status*; never raise."""
+        notify = self.finished if status in (SUCCESSFUL, FAILED) else self.changed
+        try:
+            notify(sid, status)
+        except BaseException:  # asyncio.CancelledError, SystemExit: the thread goes on
+            log.exception("a subscriber failed for job %r, which is %s", sid, status)
+
+
+class Conflicts:
+    """How often a job may still be tried; anew after each checkpoint."""
+
+    def __init__(self) -> None:
+        self.tried = 0
+        self.checkpoints = 0
+
+    def pause(self, checkpoints: int, elapsed: float, limit: int) -> float | None:
+        """Return the seconds to wait before the next of *limit* attempts, or None after the last.
+
+        Full jitter.  The longer an attempt takes, the more likely the next one meets the same
+        rival again; so its duration is the unit of the pauses.
+        """
+        if checkpoints != self.checkpoints:
+            self.checkpoints, self.tried = checkpoints, 0
+        self.tried += 1
+        if self.tried >= limit:
+            return None
+        return next(backoff(1, max(0.01, elapsed) * 2**self.tried, most=LONGEST_PAUSE))
+
+
+def text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as second:
+        return f"(its text raises {type(second).__name__})"
+
+
+def failure_of(error: BaseException, message: str | None = None) -> Failure:
+    """Return what is kept of an exception, for operators and for the user."""
+    return Failure(
+        type(error).__name__,
+        message or text_of(error),
+        "".join(traceback.format_exception(error)),
+        token_hex(6),
+        text_of(error) if isinstance(error, OperationFailed) else None,
+    )

@@ -1,0 +1,323 @@
+"""The ZODB store: job records beside the application's data, in the same commits."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from functools import partial
+from inspect import ismethod
+from itertools import islice
+from pkgutil import resolve_name
+from typing import Any
+from zlib import crc32
+
+import transaction
+from BTrees.OOBTree import OOBTree, OOTreeSet
+from persistent import Persistent
+from ZODB.blob import BlobStorage
+from ZODB.DemoStorage import DemoStorage
+from ZODB.FileStorage import FileStorage
+from ZODB.MappingStorage import MappingStorage
+from zope.interface import implementer
+
+from .conflicts import explain
+from .context import dumps, loads
+from .interfaces import AsyncError, IJobStore, IJobTable, NotSchedulable
+from .jobs import JobRecord
+from .process import Connections, Identity
+from .transactional import TransactionManager, transact
+from .zeo import forget_oids_on_reconnect
+
+ROOT_KEY = "pyramid_async"
+SHARDS = 256
+
+# A payload over this many bytes is an object of its own, so that a status does not load it.
+INLINE_PAYLOAD = 64 * 1024
+
+# The record of a job that was dismissed or rescued stays this long, unseen perhaps, seconds: once
+# a pack has taken it, nothing would stop an attempt that was frozen all the time.
+HAUNTED = 24 * 3600.0
+
+# Records that one transaction of maintenance changes.
+BATCH = 200
+
+
+class JobRoot(Persistent):
+    """All job records of a database.
+
+    Shards are made up front and chosen by the random sid, so that transactions which
+    schedule at the same time write different objects.  A record enters ``unfinished`` when it
+    is scheduled and stays there until maintenance moves it: the commit that finishes a job
+    writes the record alone.
+    """
+
+    def __init__(self, shards: int = SHARDS) -> None:
+        self.unfinished = tuple(OOBTree() for _ in range(shards))  # sid -> JobRecord
+        self.finished = tuple(OOBTree() for _ in range(shards))  # sid -> JobRecord
+        self.keys = tuple(OOBTree() for _ in range(shards))  # key -> sid, also of finished jobs
+        self.expiry = OOTreeSet()  # (minute, sid); written by maintenance alone
+        self.signs = OOBTree()  # process -> Sign; see recovery
+
+    def shard(self, sid: str) -> int | None:
+        """Return the number of the sid's shard, or None for what is no sid."""
+        try:
+            return int(sid[:2], 16) % len(self.unfinished)
+        except (TypeError, ValueError):
+            return None
+
+    def key_tree(self, key: str) -> Any:
+        """Return the tree of a key: the same in every process, which ``hash`` is not."""
+        return self.keys[crc32(key.encode()) % len(self.keys)]
+
+
+class Large(Persistent):
+    """A payload in an object of its own."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+
+class OpenedBeforeFork(AsyncError, RuntimeError):
+    """The database was opened in a parent process (its pid, ours)."""
+
+    def __str__(self) -> str:
+        parent, pid = self.args
+        return (
+            f"the ZODB was opened by process {parent} and is used by its child {pid}: a forked"
+            " FileStorage destroys data and a forked ZEO client hangs; make the application"
+            " after the fork (gunicorn without --preload, uWSGI with lazy-apps)"
+        )
+
+
+@implementer(IJobStore)
+class ZodbStore:
+    """See IJobStore.  *locate* finds the JobRoot from an open connection."""
+
+    durable = True
+
+    def __init__(self, db: Any, locate: Any = None, clock: Any = time.time) -> None:
+        self.db = db
+        self.clock = clock
+        self.locate = locate or locate_root
+        self.identity = Identity()
+        self.connections = Connections(db)
+        self.pid = os.getpid()
+        forget_oids_on_reconnect(db.storage)
+
+    @property
+    def process(self) -> str:
+        return self.identity()
+
+    @property
+    def exclusive(self) -> bool:
+        """True for a storage that one process owns: nobody else can hold its jobs."""
+        return isinstance(innermost(self.db.storage), FileStorage | MappingStorage | DemoStorage)
+
+    def alive_here(self, process: str) -> bool:
+        return Identity.lives_here(process)
+
+    def table(self, tm: Any, connect: Any = None) -> ZodbTable:
+        if self.pid != os.getpid():
+            raise OpenedBeforeFork(self.pid, os.getpid())
+        connection = connect() if connect else self.connections.open(tm)
+        return ZodbTable(connection, self.locate(connection), tm, self.clock)
+
+    def release(self, tm: Any) -> None:
+        self.connections.release(tm)
+
+    def install(self) -> None:
+        """Make the JobRoot where it is missing; at start-up, never in a racing request.
+
+        Processes that start together conflict, and the later one finds it made.
+        """
+        tm = transaction.TransactionManager(explicit=True)
+        try:
+            TransactionManager(manager=tm)(self._make_root)(tm)
+        finally:
+            self.release(tm)
+
+    def _make_root(self, tm: Any) -> None:
+        root = self.connections.open(tm).root()
+        if ROOT_KEY not in root:
+            root[ROOT_KEY] = JobRoot()
+
+    def explain(self, error: BaseException) -> str:
+        return explain(error, self.db)
+
+    # -- maintenance: its own short transactions, so that no job's commit meets a bookkeeper
+
+    def archive(self, sids: list[str]) -> None:
+        """Move finished records out of ``unfinished`` and note when they expire."""
+        for start in range(0, len(sids), BATCH):
+            batch = sids[start : start + BATCH]
+            transact(self, partial(ZodbTable.archive_all, sids=batch))
+
+    def expire(self, now: float) -> None:
+        """Remove the archived records that expired."""
+        while transact(self, lambda table: table.expire_batch(now, BATCH)) == BATCH:
+            pass
+
+    def reference(self, f: Any) -> str:
+        return dotted_name(f)
+
+    def resolve(self, function: str) -> Any:
+        return resolve_name(function)
+
+    def pack(self, value: Any, table: ZodbTable) -> Any:
+        """See IJobStore: the pickle, and the persistent objects that it refers to.
+
+        The record holds the objects too, so that a pack of the database does not remove
+        those that nothing else refers to.
+        """
+        data, kept = dumps(value, table.connection, table.tm)
+        stored: Any = data if len(data) <= INLINE_PAYLOAD else Large(data)
+        return (stored, *kept) if kept else stored
+
+    def unpack(self, payload: Any, table: ZodbTable) -> Any:
+        stored = payload[0] if isinstance(payload, tuple) else payload
+        data = stored.data if isinstance(stored, Large) else stored
+        return loads(data, table.connection)
+
+
+def innermost(storage: Any) -> Any:
+    """Return the storage that a BlobStorage wraps, which has no public name for it."""
+    while isinstance(storage, BlobStorage):
+        storage = storage._BlobStorage__storage
+    return storage
+
+
+def utc(moment: float) -> str:
+    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds")
+
+
+def locate_root(connection: Any) -> JobRoot:
+    """Return the JobRoot of the connection's database; the store's `install` made it."""
+    root: JobRoot = connection.root()[ROOT_KEY]
+    return root
+
+
+def dotted_name(f: Any) -> str:
+    """Return ``module:qualified.name`` of a function that can be found again by it."""
+    what = repr(f)
+    if ismethod(f) and not isinstance(f.__self__, type):
+        raise NotSchedulable(
+            what, "it is a bound method; schedule a function and pass the object as its argument"
+        )
+    module, name = getattr(f, "__module__", None), getattr(f, "__qualname__", None)
+    if not (callable(f) and module and name):
+        raise NotSchedulable(what, "it is not a function of a module")
+    if "<" in name:  # <lambda> or <locals>
+        raise NotSchedulable(
+            what, "a lambda or a function inside a function has no name that a worker could find"
+        )
+    if _find(f"{module}:{name}") != f:
+        raise NotSchedulable(what, f"{module}:{name} is another object")
+    return f"{module}:{name}"
+
+
+def _find(name: str) -> Any:
+    try:
+        return resolve_name(name)
+    except (ImportError, AttributeError, ValueError):
+        return None
+
+
+@implementer(IJobTable)
+class ZodbTable:
+    """See IJobTable: the records as one connection sees them."""
+
+    def __init__(self, connection: Any, root: JobRoot, tm: Any, clock: Any) -> None:
+        self.connection = connection
+        self.root = root
+        self.tm = tm
+        self.clock = clock
+
+    def get(self, sid: str) -> JobRecord | None:
+        shard = self.root.shard(sid)
+        if shard is None:
+            return None
+        for trees in (self.root.unfinished, self.root.finished):
+            record: JobRecord | None = trees[shard].get(sid)
+            if record is not None:
+                return None if record.expired(self.clock()) else record
+        return None
+
+    def add(self, record: JobRecord) -> None:
+        self.root.unfinished[self.root.shard(record.sid)][record.sid] = record  # type: ignore[index]
+
+    def remove(self, record: JobRecord) -> None:
+        self._free_key(record)
+        # Deletion from the tree alone would not conflict with an attempt that writes it.
+        record.clear()
+        if record.haunted:
+            return  # nor would a record that a pack has taken; maintenance removes it later
+        shard = self.root.shard(record.sid)
+        for trees in (self.root.unfinished, self.root.finished):
+            trees[shard].pop(record.sid, None)  # type: ignore[index]
+
+    def keyed(self, key: str) -> str | None:
+        sid: str | None = self.root.key_tree(key).get(key)
+        return sid
+
+    def take_key(self, key: str, sid: str) -> None:
+        self.root.key_tree(key)[key] = sid
+
+    def sign(self, process: str | None) -> Any:
+        """Return the last sign of life of a process, or None."""
+        return self.root.signs.get(process)
+
+    def last_seen(self, process: str | None) -> str:
+        """Describe a process and its last sign of life."""
+        sign = self.sign(process)
+        seen = f"{sign.name}, last sign of life {utc(sign.at)}" if sign else "no sign of life"
+        return f"process {process} ({seen})"
+
+    def live(self, record: JobRecord) -> Any:
+        """Return what another process showed of the attempt that it runs, or None."""
+        sign = None if record.done or record.holder is None else self.sign(record.holder)
+        return sign and sign.running.get(record.sid)
+
+    def archive_all(self, sids: list[str]) -> None:
+        for sid in sids:
+            self.archive(sid)
+
+    def archive(self, sid: str) -> None:
+        shard = self.root.shard(sid)
+        record = self.root.unfinished[shard].get(sid)  # type: ignore[index]
+        if record is None or not record.done:
+            return
+        del self.root.unfinished[shard][sid]  # type: ignore[index]
+        self.root.finished[shard][sid] = record  # type: ignore[index]
+        until = record.expires
+        if record.haunted:
+            until = max(until, record.finished + HAUNTED)
+        self.root.expiry.add((int(until // 60), sid))
+        self._free_key(record)
+
+    def is_removed(self, record: JobRecord) -> bool:
+        return self.get(record.sid) is None
+
+    def _free_key(self, record: JobRecord) -> None:
+        key = record.option("key")
+        if key is not None and self.keyed(key) == record.sid:
+            del self.root.key_tree(key)[key]
+
+    def expire_batch(self, now: float, most: int) -> int:
+        """Remove up to *most* records whose minute has passed; return how many."""
+        past = list(islice(self.root.expiry.keys(max=(int(now // 60), "")), most))
+        for minute, sid in past:
+            self.root.expiry.remove((minute, sid))
+            # No attempt can write a final record, so it need not be written here.
+            self.root.finished[self.root.shard(sid)].pop(sid, None)  # type: ignore[index]
+        return len(past)
+
+    def records(self) -> Iterator[tuple[str, JobRecord]]:
+        yield from self.unfinished()
+        for tree in self.root.finished:
+            yield from tree.items()
+
+    def unfinished(self) -> Iterator[tuple[str, JobRecord]]:
+        for tree in self.root.unfinished:
+            yield from tree.items()

@@ -1,0 +1,205 @@
+"""The core without Pyramid: the parts of one process or of several, and what their jobs share."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import contextmanager, suppress
+
+import transaction
+import ZODB
+from transaction.interfaces import NoTransaction
+from webapp import Barrier
+from ZODB.MappingStorage import MappingStorage
+
+from pyramid_async.ram import RamStore
+from pyramid_async.recovery import Recovery
+from pyramid_async.scheduler import Scheduler
+from pyramid_async.threads import ThreadExecutor
+from pyramid_async.worker import Worker
+from pyramid_async.zodb import ZodbStore
+
+ROOT = object()  # stands for the database's root among the arguments of `Process.schedule`
+
+
+class Clock:
+    """A clock that moves when it is told to."""
+
+    def __init__(self, now=1_000_000.0):
+        self.now = now
+
+    def __call__(self):
+        return self.now
+
+
+class LosesReply(Barrier):
+    """A data manager that fails once the database has finished."""
+
+    def __init__(self, error, sort_key="~~last"):
+        super().__init__(None, None, sort_key)
+        self.error = error
+
+    def tpc_finish(self, txn):
+        raise self.error
+
+
+class Events(dict):
+    """Events by name, made when they are asked for first, by whichever thread."""
+
+    def __missing__(self, name):
+        # Atomic, unlike a defaultdict, which may make two.
+        return self.setdefault(name, threading.Event())
+
+
+class Deaf:
+    """An executor that nobody can wake."""
+
+    def wake(self, committed, sid, queue=None):
+        pass
+
+
+class Process:
+    """The parts of one process.  Recovery takes its steps when the test says so.
+
+    Without *workers* nothing runs but what the test gives to ``worker.run``.
+    """
+
+    def __init__(self, store, db, workers=0, *, monotonic=time.monotonic, lease=60.0, **options):
+        self.store, self.db = store, db
+        self.ended = Events()
+        self.told = []
+        self.worker = Worker(store, finished=self._finished, **options)
+        self.executor = ThreadExecutor(self.worker, workers)
+        self.worker.keeps = True
+        self.recovery = Recovery(store, self.executor, lease=lease, monotonic=monotonic)
+        self.worker.later = self.recovery.later
+        self.scheduler = Scheduler(self.worker, self.executor)
+
+    def _finished(self, sid, status):
+        self.told.append((sid, status))
+        self.ended[sid].set()
+
+    @contextmanager
+    def transaction(self):
+        """A transaction of our own, committed after the block: (table, root)."""
+        tm = transaction.TransactionManager(explicit=True)
+        tm.begin()
+        try:
+            table = self.store.table(tm)
+            yield table, table.connection and table.connection.root()
+            tm.commit()
+        finally:
+            with suppress(NoTransaction):
+                tm.abort()
+            self.store.release(tm)
+
+    def schedule(self, f, *args, **options):
+        """Schedule a job in a transaction of its own."""
+        with self.transaction() as (table, root):
+            args = [root if arg is ROOT else arg for arg in args]
+            return self.scheduler.using(tm=table.tm, **options).schedule(f, *args)
+
+    def plant(self, f, *args, **options):
+        """Schedule a job whose hook never runs."""
+        with self.transaction() as (table, root):
+            args = [root if arg is ROOT else arg for arg in args]
+            deaf = Scheduler(self.worker, Deaf())
+            return deaf.using(tm=table.tm, **options).schedule(f, *args)
+
+    def ask(self, question):
+        """Answer ``question(scheduler)`` in a transaction of its own, and commit."""
+        return self.scheduler.transact(question)
+
+    def status(self, sid):
+        return self.ask(lambda scheduler: scheduler.status(sid))
+
+    def cancel(self, sid):
+        return self.ask(lambda scheduler: scheduler.cancel(sid))
+
+    def result(self, sid):
+        """Return (value, exception) and remove the job."""
+        return self.ask(lambda scheduler: scheduler.get_result(sid))
+
+    def wait(self, sid):
+        assert self.ended[sid].wait(20), self.status(sid)
+
+    def run(self, f, *args, **options):
+        """Schedule a job, run it in this very thread and return its sid."""
+        sid = self.schedule(f, *args, **options)
+        self.worker.run(sid)
+        return sid
+
+    def record(self, sid, **facts):
+        """Return what the record says now, after setting *facts* on it."""
+        with self.transaction() as (table, _):
+            record = table.get(sid)
+            for name, value in facts.items():
+                setattr(record, name, value)
+            return record and dict(record.__getstate__(), status=record.status)
+
+    def die(self, sid, status="running", signature="attempt of the dead", attempts=1):
+        """Leave the job as a process leaves it that dies."""
+        self.record(sid, status=status, holder="dead", signature=signature, attempts=attempts)
+        return signature
+
+    def root(self, read):
+        """Return what ``read(root)`` returns, seen by a fresh transaction."""
+        with self.db.transaction() as connection:
+            return read(connection.root())
+
+    def commits(self):
+        """Return the number of transactions that the database holds."""
+        return sum(1 for _ in self.db.storage.iterator())
+
+    def stop(self):
+        self.executor.stop(5)
+
+
+def memory():
+    """A database in memory, for a fixture; no files, so nothing to collect afterwards."""
+    database = ZODB.DB(MappingStorage())
+    yield database
+    transaction.abort()
+    database.close()
+
+
+def store_of(kind, db, clock=time.time):
+    if kind == "ram":
+        store = RamStore(clock=clock)
+        store.connections.know(db)
+        return store
+    store = ZodbStore(db, clock=clock)
+    store.install()
+    return store
+
+
+@contextmanager
+def process(kind, db, **options):
+    clock = options.pop("clock", time.time)
+    made = Process(store_of(kind, db, clock), db, **options)
+    try:
+        yield made
+    finally:
+        made.stop()
+        transaction.abort()
+        made.store.release(transaction.manager)
+
+
+def together(*calls):
+    """Call functions at the same time, each in a thread; raise what one of them raised."""
+    start, errors = threading.Barrier(len(calls)), []
+
+    def run(call):
+        start.wait(10)
+        try:
+            call()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=[call]) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    if errors:
+        raise errors[0]

@@ -1,0 +1,74 @@
+"""Fixtures for all tests: closed databases, waits with a deadline, no thread left."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+
+import pytest
+import transaction
+import ZODB
+from ZODB.FileStorage import FileStorage
+from ZODB.MappingStorage import MappingStorage
+
+THREAD_PREFIX = "pyramid_async-"
+THREAD_GRACE = 2.0  # seconds that a test's threads get to end after it
+
+
+def ours_alive() -> set[threading.Thread]:
+    return {t for t in threading.enumerate() if t.name.startswith(THREAD_PREFIX)}
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+    """Fail a test that leaves threads of the package running."""
+    before = ours_alive()
+    yield
+    deadline = time.monotonic() + THREAD_GRACE
+    for thread in ours_alive() - before:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    left = sorted(thread.name for thread in ours_alive() - before)
+    if left:
+        pytest.fail(f"threads left running: {', '.join(left)}", pytrace=False)
+
+
+@pytest.fixture
+def db():
+    """A database in memory."""
+    yield from closed_afterwards(ZODB.DB(MappingStorage()))
+
+
+@pytest.fixture
+def file_db(tmp_path):
+    """A database in a file."""
+    yield from closed_afterwards(ZODB.DB(FileStorage(str(tmp_path / "data.fs"))))
+
+
+def closed_afterwards(database):
+    yield database
+    # A test that failed half-way may have left connections in the thread's transaction.
+    transaction.abort()
+    database.close()
+    # Files left open are reported here, by the test that left them, and not by a later one.
+    gc.collect()
+
+
+@pytest.fixture
+def wait_for():
+    """A function that waits for an event or a predicate and fails at a deadline."""
+    return wait
+
+
+def wait(what, timeout=10.0):
+    """Return what the predicate returned, or True for an event."""
+    if hasattr(what, "wait"):
+        if what.wait(timeout):
+            return True
+    else:
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if value := what():
+                return value
+            time.sleep(0.005)
+    pytest.fail(f"waited {timeout} s in vain for {what!r}")

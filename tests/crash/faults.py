@@ -1,0 +1,50 @@
+"""Faults inside a process: wake-ups lost and doubled; and the controls, which break the library.
+
+A control must be found out by the audit, else the crash test proves nothing.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+
+from pyramid_async.attempt import Attempt
+from pyramid_async.jobs import JobRecord
+
+DROPPED = 0.05
+DOUBLED = 0.05
+
+
+def spoil_wake_ups(executor):
+    """Make the executor lose and double some of its wake-ups."""
+    wake = executor.wake
+
+    def spoiled(*what):
+        chance = random.random()
+        if chance >= DROPPED:
+            wake(*what)
+        if chance >= 1 - DOUBLED:
+            wake(*what)
+
+    executor.wake = spoiled
+
+
+def take_the_fence_out():
+    """Let the last writer of a record win: a commit of an attempt that lost its job counts."""
+    JobRecord._p_resolveConflict = lambda self, old, committed, new: new
+
+
+def commit_twice():
+    """Commit a job's effects first and its status in a second transaction."""
+    succeed = Attempt._succeed
+
+    def effects_then_status(self, value):
+        self._commit()
+        time.sleep(random.uniform(0, 0.01))
+        self._begin()
+        succeed(self, value)
+
+    Attempt._succeed = effects_then_status
+
+
+CONTROLS = {"no-fence": take_the_fence_out, "two-commits": commit_twice}

@@ -1,0 +1,66 @@
+"""The web application under test: it starts moves and forgets them."""
+
+from __future__ import annotations
+
+import random
+
+from pyramid.config import Configurator
+from pyramid.httpexceptions import HTTPNotFound
+from pyramid.response import Response
+from pyramid_zodbconn import get_connection
+
+from .bank import bank_of, move
+
+HEARTBEAT = 0.2
+LEASE = 1.0
+
+SETTINGS = {
+    "tm.manager_hook": "pyramid_tm.explicit_manager",
+    "retry.attempts": 3,
+    "async.store": "zodb",
+    "async.heartbeat": HEARTBEAT,
+    "async.lease": LEASE,
+    "async.maintenance_interval": 0.2,
+    "async.shutdown_timeout": 2,
+    # Records are kept for the audit, and no job fails for the number of kills it met.
+    "async.result_timeout": 24 * 3600,
+    "async.max_attempts": 1000,
+    "async.conflict_attempts": 100,
+}
+
+
+def application(uri, workers):
+    """Return the WSGI application."""
+    settings = {**SETTINGS, "zodbconn.uri": uri, "async.workers": workers}
+    with Configurator(settings=settings) as config:
+        config.include("pyramid_retry")
+        config.include("pyramid_zodbconn")
+        config.include("pyramid_async")
+        for name, pattern in (("move", "/move"), ("forget", "/forget/{sid}"), ("left", "/left")):
+            config.add_route(name, pattern)
+        config.add_view(start_move, route_name="move", request_method="POST")
+        config.add_view(forget, route_name="forget", request_method="POST", renderer="json")
+        config.add_view(left, route_name="left", renderer="json")
+    return config.make_wsgi_app()
+
+
+def start_move(request):
+    bank = bank_of(request)
+    sid = request.scheduler.schedule(move, random.choice(bank.pairs))
+    bank.note(sid, request.params["request"])
+    return request.scheduler.accepted(sid)
+
+
+def forget(request):
+    """Remove a job, finished or not, in the request's own transaction; say what it was."""
+    status = request.scheduler.status(request.matchdict["sid"])
+    if status is None:
+        return HTTPNotFound()
+    request.scheduler.remove(status.sid)
+    return Response(json_body={"status": status.status})
+
+
+def left(request):
+    """Count the jobs that are not finished, whoever owns them."""
+    trees = get_connection(request).root()["pyramid_async"].unfinished
+    return sum(not record.done for tree in trees for record in tree.values())

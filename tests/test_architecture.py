@@ -1,0 +1,269 @@
+"""The modules of the package, what each may import, and that importing them starts nothing."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "pyramid_async"
+HERE = Path(__file__).parent.parent / PACKAGE
+
+# module: the modules of ours (*: all that stand before it) and the packages of others that it may
+# import; lower ones first.
+MAP = {
+    "interfaces": ("", "zope"),
+    "jobs": ("interfaces", "persistent"),
+    "process": ("", "ZODB"),
+    "conflicts": ("", "ZODB"),
+    "context": ("interfaces", "persistent transaction ZODB"),
+    "transactional": ("", "transaction"),
+    "application": ("interfaces", ""),
+    "current": ("interfaces jobs", ""),
+    "ram": ("interfaces jobs process conflicts context", "persistent ZODB zope"),
+    "zeo": ("", ""),
+    "zodb": (
+        "interfaces jobs process conflicts context transactional zeo",
+        "BTrees persistent transaction ZODB zope",
+    ),
+    "attempt": ("interfaces jobs context transactional current", "transaction ZODB"),
+    "worker": ("interfaces jobs context transactional current attempt", "transaction"),
+    "threads": ("interfaces current worker", "zope"),
+    "recovery": ("interfaces jobs transactional current", "persistent"),
+    "scheduler": (
+        "interfaces jobs context transactional current ram zodb worker threads recovery",
+        "persistent transaction zope",
+    ),
+    # From here on Pyramid is known.
+    "requests": (
+        "interfaces jobs context transactional attempt",
+        "pyramid pyramid_tm pyramid_zodbconn",
+    ),
+    "documents": ("interfaces jobs", "pyramid"),
+    "cors": ("interfaces", "pyramid"),
+    "resources": ("interfaces documents cors", "pyramid transaction"),
+    "waiting": ("interfaces jobs documents", ""),
+    "results": ("jobs documents", "pyramid"),
+    "listing": ("jobs documents waiting", ""),
+    "views": (
+        "interfaces jobs documents cors resources waiting results listing",
+        "pyramid transaction",
+    ),
+    "client": ("resources waiting", "pyramid"),
+    "jsonrpc": ("interfaces jobs documents resources views", "pyramid transaction"),
+    "openapi": ("jobs documents resources listing", "pyramid"),
+    "settings": ("interfaces", ""),
+    "config": ("*", "pyramid pyramid_zodbconn"),
+    "__init__": ("interfaces jobs application current config", "pyramid"),
+    # Nobody imports these.
+    "celery": (
+        "application interfaces jobs context transactional current worker recovery settings config",
+        "celery click pyramid zope",
+    ),
+    "cli": ("interfaces jobs context recovery settings config", "pyramid transaction"),
+    "testing": (
+        "interfaces jobs transactional current attempt worker recovery scheduler",
+        "pyramid transaction ZODB zope",
+    ),
+    "zope": ("interfaces jobs context scheduler", "transaction ZODB zope"),
+}
+LEAVES = {"celery", "cli", "testing", "zope", "__init__"}
+NAMELESS = {"base", "common", "helpers", "misc", "util", "utilities", "utils"}
+
+
+def modules():
+    """Return the package's modules that exist, by their dotted names below the package."""
+    paths = sorted(HERE.rglob("*.py"))
+    return {".".join(path.relative_to(HERE).with_suffix("").parts): path for path in paths}
+
+
+def imported(source):
+    """Return the dotted names that a module of the package imports, wherever it does so."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            origin = ".".join(filter(None, [PACKAGE if node.level else "", node.module]))
+            names.update(f"{origin}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and called(node) in {"__import__", "import_module"}:
+            names.update(imported_by_call(node))
+    return names
+
+
+def called(node):
+    return getattr(node.func, "attr", getattr(node.func, "id", None))
+
+
+def imported_by_call(node):
+    """Return the name given to ``import_module``; one that is computed cannot be judged."""
+    first = node.args[0] if node.args else None
+    if not (isinstance(first, ast.Constant) and isinstance(first.value, str)):
+        return set()
+    return {f"{PACKAGE}{first.value}" if first.value.startswith(".") else first.value}
+
+
+def ours_and_others(source):
+    """Split a module's imports into modules of ours and top-level packages of others."""
+    ours, others = set(), set()
+    for name in imported(source):
+        top, *below = name.split(".")
+        if top != PACKAGE:
+            others.add(top)
+        else:
+            known = below and (below[0] in MAP or below[0] in modules())
+            ours.add(below[0] if known else "__init__")
+    return ours, others - sys.stdlib_module_names
+
+
+def violations(module, source):
+    """Return a sentence for each import of the module that is not on the map."""
+    ours, others = ours_and_others(source)
+    wrong = (ours - allowed_of_ours(module)) | (others - set(MAP[module][1].split()))
+    return [f"{module} imports {name}" for name in sorted(wrong)]
+
+
+def allowed_of_ours(module):
+    names = MAP[module][0]
+    return set(list(MAP)[: list(MAP).index(module)]) if names == "*" else set(names.split())
+
+
+def test_every_module_is_on_the_map():
+    assert set(modules()) - set(MAP) == set()
+
+
+@pytest.mark.parametrize("module", sorted(set(modules()) & set(MAP)))
+def test_module_imports_only_what_the_map_allows(module):
+    assert violations(module, modules()[module].read_text("utf-8")) == []
+
+
+def test_the_map_points_one_way():
+    seen = set()
+    for module in MAP:
+        assert allowed_of_ours(module) <= seen, f"{module} may import a module that stands after it"
+        seen.add(module)
+
+
+def test_nobody_may_import_a_leaf():
+    assert [module for module in MAP if LEAVES & allowed_of_ours(module)] == []
+
+
+def test_no_module_has_a_name_that_says_nothing():
+    assert {part for name in modules() for part in name.split(".")} & NAMELESS == set()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pyramid_async.views",
+        "import pyramid_async.views as v",
+        "from pyramid_async import views",
+        "from pyramid_async.views import status",
+        "from . import views",
+        "from .views import status",
+        "def f():\n    from .views import status",
+        "if TYPE_CHECKING:\n    from . import views",
+        "try:\n    import pyramid_async.views\nexcept ImportError:\n    pass",
+        "import importlib\nimportlib.import_module('.views', 'pyramid_async')",
+        "__import__('pyramid_async.views')",
+    ],
+)
+def test_the_check_sees_every_way_to_import(source):
+    assert violations("jobs", source) == ["jobs imports views"]
+
+
+@pytest.mark.parametrize(
+    ("source", "culprit"),
+    [
+        ("from pyramid_async import current_job", "__init__"),
+        ("import pyramid_async", "__init__"),
+        ("def f():\n    import pyramid.request", "pyramid"),
+        ("from zope.interface import implementer", "zope"),
+    ],
+)
+def test_the_check_sees_the_package_itself_and_other_packages(source, culprit):
+    assert violations("jobs", source) == [f"jobs imports {culprit}"]
+
+
+def test_package_exports_only_the_names_it_promises():
+    import pyramid_async
+
+    promised = set(pyramid_async.__all__)
+    given = {name for name in vars(pyramid_async) if not name.startswith("_")}
+    # An import sets the module on its package, and hints need some names.
+    assert given - set(modules()) - {"annotations", "Any"} == promised
+
+
+# Run in an interpreter of its own: argv[1] is the module to import.
+WATCH = """
+import importlib, os, signal, sys, threading
+
+STARTED = {
+    "os.fork", "os.posix_spawn", "subprocess.Popen", "sqlite3.connect",
+    "socket.bind", "socket.connect", "socket.getaddrinfo",
+}
+seen = []
+watching = True
+
+def watch(event, args):
+    if watching and event in STARTED:
+        seen.append(event)
+    elif watching and event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        seen.append(f"open for writing: {args[0]}")
+
+def watched_start(thread, start=threading.Thread.start):
+    # Python 3.11 raises no audit event for a thread.
+    seen.append(f"thread {thread.name}")
+    start(thread)
+
+def handlers():
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+threading.Thread.start = watched_start
+before = handlers()
+sys.addaudithook(watch)
+importlib.import_module(sys.argv[1])
+watching = False
+if handlers() != before:
+    seen.append("signal handler")
+print(*seen, sep="\\n", end="")
+"""
+
+
+def side_effects(module, cwd):
+    # Coverage would write its own files and PYTHONPATH is the tests' business.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("COVERAGE", "PYTHON"))}
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", WATCH, module],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_import_starts_nothing(module):
+    name = PACKAGE if module == "__init__" else f"{PACKAGE}.{module}"
+    assert side_effects(name, cwd=HERE.parent) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "effect"),
+    [
+        ("open('left', 'w').close()", "open for writing: left"),
+        ("import threading; threading.Thread(target=int).start()", "thread "),
+        ("import socket; socket.socket().connect_ex(('127.0.0.1', 9))", "socket.connect"),
+        ("import signal; signal.signal(signal.SIGTERM, print)", "signal handler"),
+    ],
+)
+def test_the_check_sees_what_an_import_starts(tmp_path, source, effect):
+    (tmp_path / "culprit.py").write_text(source)
+    assert any(line.startswith(effect) for line in side_effects("culprit", cwd=tmp_path))

@@ -1,0 +1,478 @@
+"""Bad input is a clear error for that request or job alone; nothing else is lost or stopped."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import types
+from collections import defaultdict
+from uuid import uuid4
+
+import pytest
+from bare import ROOT, Process, memory, process
+from persistent import Persistent
+from webapp import browser, echo
+
+from pyramid_async.context import ObjectGone
+from pyramid_async.interfaces import InvalidTransition, JobFailed, NotSchedulable
+from pyramid_async.jobs import JobRecord
+
+CALLS = defaultdict(list)
+
+MALFORMED = [
+    "",
+    " ",
+    "0",
+    "zz",
+    "0" * 31,
+    "0" * 10_000,
+    "../../etc/passwd",
+    "0123\n4567",
+    "\x00",
+    "ä" * 32,
+    "\ud800",
+    "%00",
+    "0x" + "0" * 30,
+    "-1" + "0" * 30,
+    "１２" * 16,
+]
+NO_TEXT = [None, 0, 1.5, b"00" * 16, (), Ellipsis]
+
+
+@pytest.fixture
+def db():
+    yield from memory()
+
+
+@pytest.fixture
+def key():
+    name = uuid4().hex
+    yield name
+    CALLS.pop(name, None)
+
+
+@pytest.fixture(params=["ram", "zodb"])
+def one(request, db):
+    with process(request.param, db) as made:
+        yield made
+
+
+@pytest.fixture
+def durable(db):
+    with process("zodb", db) as made:
+        yield made
+
+
+def note(key, *values):
+    CALLS[key].append(values)
+    return values
+
+
+def give(value):
+    return value
+
+
+class Thing(Persistent):
+    name = "thing"
+
+
+def name_of(thing):
+    return thing.name
+
+
+def make_argument(root):
+    root["thing"] = Thing()
+    return root["thing"]
+
+
+class Temporary:
+    """A class that a later version of the application has not."""
+
+
+class TemporaryError(Exception):
+    pass
+
+
+def raise_temporary():
+    raise TemporaryError("of a class that goes")
+
+
+def still_works(one, key):
+    """Tell whether a job runs from schedule to result."""
+    sid = one.run(note, key, "neighbour")
+    return one.result(sid) == (("neighbour",), None)
+
+
+def lines_about(caplog, text):
+    return [r for r in caplog.records if text in r.getMessage()]
+
+
+# -- ids -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sid", MALFORMED, ids=repr)
+def test_malformed_sid_is_an_unknown_one(one, sid):
+    one.run(give, 1)
+
+    def ask(scheduler):
+        return (
+            scheduler.completed(sid),
+            scheduler.get_result(sid),
+            scheduler.status(sid),
+            scheduler.cancel(sid),
+            scheduler.remove(sid),
+        )
+
+    assert one.ask(ask) == (None, None, None, False, None)
+
+
+@pytest.mark.parametrize("sid", ["0" * 32, "f" * 32])
+def test_unknown_sid_is_none(one, sid):
+    assert one.ask(lambda scheduler: scheduler.get_result(sid)) is None
+
+
+@pytest.mark.parametrize("sid", NO_TEXT, ids=repr)
+def test_sid_that_is_no_text_is_an_unknown_one(one, sid):
+    assert one.ask(lambda scheduler: scheduler.status(sid)) is None
+
+
+@pytest.mark.parametrize("sid", MALFORMED, ids=repr)
+def test_wake_up_with_a_malformed_sid_is_dropped(one, sid, key):
+    before = one.db.lastTransaction()
+    one.executor.wake(True, sid)
+    one.worker.run(sid)
+    one.worker.run(sid, "signature")
+    one.worker.answer(sid)
+    assert one.db.lastTransaction() == before
+    assert still_works(one, key)
+
+
+# -- arguments -----------------------------------------------------------------------------
+
+
+class Explosive:
+    def __reduce__(self):
+        raise ZeroDivisionError("cannot be pickled")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [lambda: None, threading.Lock(), (n for n in range(2)), Explosive(), sys],
+    ids=["lambda", "lock", "generator", "explosive", "module"],
+)
+@pytest.mark.parametrize("wrap", [lambda v: v, lambda v: [{"a": (v,)}]], ids=["bare", "deep"])
+def test_argument_that_cannot_be_kept_is_refused_at_schedule(durable, key, value, wrap):
+    with pytest.raises(NotSchedulable, match="cannot be stored"):
+        durable.schedule(note, key, wrap(value))
+    assert durable.ask(lambda scheduler: scheduler.jobs()) == []
+    assert still_works(durable, key)
+
+
+def test_refused_argument_does_not_spoil_the_callers_transaction(durable, key):
+    with durable.transaction() as (table, root):
+        root["before"] = True
+        bound = durable.scheduler.using(tm=table.tm)
+        with pytest.raises(NotSchedulable):
+            bound.schedule(note, key, threading.Lock())
+        sid = bound.schedule(note, key)
+    assert durable.root(lambda root: root["before"])
+    durable.worker.run(sid)
+    assert CALLS[key] == [()]
+
+
+def test_object_outside_of_every_database_is_refused_or_stored(one):
+    """The ZODB store keeps it with the record; RAM has no place for it but the database."""
+    sid = one.run(name_of, Thing())
+    assert one.result(sid) == ("thing", None)
+
+
+def test_argument_that_is_gone_fails_its_job_alone(durable, key):
+    with durable.transaction() as (_, root):
+        make_argument(root)
+    sid = durable_schedule_with_thing(durable)
+    with durable.transaction() as (table, root):
+        del root["thing"]
+        record = table.get(sid)
+        # As when another application removed the object in spite of the record's reference.
+        record.arguments = record.arguments[0] if isinstance(record.arguments, tuple) else None
+    durable.db.pack()
+    durable.db.cacheMinimize()
+    durable.worker.run(sid)
+    status = durable.status(sid)
+    assert (status.status, status.failure.class_name) == ("failed", "ObjectGone")
+    assert "is gone" in status.failure.message
+    _, error = durable.result(sid)
+    assert type(error) is ObjectGone
+    assert still_works(durable, key)
+
+
+def durable_schedule_with_thing(one):
+    with one.transaction() as (table, root):
+        return one.scheduler.using(tm=table.tm).schedule(name_of, root["thing"])
+
+
+def test_wrong_number_of_arguments_fails_the_job_alone(one, key):
+    sid = one.run(give, 1, 2, 3)
+    assert one.status(sid).failure.class_name == "TypeError"
+    assert still_works(one, key)
+
+
+# -- functions -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def module():
+    """A module of the application whose functions the test moves and removes."""
+    name = f"moving_{uuid4().hex}"
+    module = sys.modules[name] = types.ModuleType(name)
+    exec(
+        "def work(): return 'worked'\nclass Home:\n    @staticmethod\n    def work(): return 1\n",
+        module.__dict__,
+    )
+    yield module
+    sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("gone", ["function", "module", "no function any more"])
+def test_function_that_moved_fails_its_job_alone(durable, key, module, gone, caplog):
+    sid = durable.schedule(module.work)
+    if gone == "function":
+        del module.work
+    elif gone == "module":
+        del sys.modules[module.__name__]
+    else:
+        module.work = "a text"
+    durable.worker.run(sid)
+    failure = durable.status(sid).failure
+    expected = {"function": "AttributeError", "module": "ModuleNotFoundError"}
+    assert failure.class_name == expected.get(gone, "TypeError")
+    assert len(lines_about(caplog, repr(sid))) == 1
+    assert isinstance(durable.result(sid)[1], AttributeError | ImportError | TypeError)
+    assert still_works(durable, key)
+
+
+def test_function_of_a_class_that_moved_fails_its_job_alone(durable, key, module):
+    sid = durable.schedule(module.Home.work)
+    del module.Home
+    durable.worker.run(sid)
+    assert durable.status(sid).failure.class_name == "AttributeError"
+    assert still_works(durable, key)
+
+
+def test_module_that_fails_at_import_fails_the_job_alone(
+    durable, key, module, tmp_path, monkeypatch
+):
+    sid = durable.schedule(module.work)
+    del sys.modules[module.__name__]
+    (tmp_path / f"{module.__name__}.py").write_text("1/0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    durable.worker.run(sid)
+    assert durable.status(sid).failure.class_name == "ZeroDivisionError"
+    assert still_works(durable, key)
+
+
+@pytest.mark.parametrize(
+    "function", ["", ":", "os", "no such name", "os:path:join", None, 7, "a..b"]
+)
+def test_record_with_a_function_that_is_none_fails_alone(durable, key, function):
+    sid = durable.schedule(give, 1)
+    durable.record(sid, function=function)
+    durable.worker.run(sid)
+    assert durable.status(sid).status == "failed"
+    assert still_works(durable, key)
+
+
+# -- results -------------------------------------------------------------------------------
+
+
+def give_temporary():
+    return sys.modules[__name__].Temporary()
+
+
+def read_all(scheduler, sid):
+    scheduler.completed(sid)
+    scheduler.status(sid)
+    scheduler.jobs()
+
+
+def test_result_whose_class_is_gone_is_an_error_for_whoever_asks_alone(durable, key, monkeypatch):
+    sid = durable.run(give_temporary)
+    other = durable.run(give, 1)
+    monkeypatch.delattr(f"{__name__}.Temporary")
+    durable.ask(lambda scheduler: read_all(scheduler, sid))
+    with pytest.raises(AttributeError, match="Temporary"):
+        durable.result(sid)
+    durable.recovery.look()
+    assert durable.status(sid).status == "successful"
+    assert durable.result(other) == (1, None)
+    durable.ask(lambda scheduler: scheduler.remove(sid))
+    assert durable.status(sid) is None
+
+
+def test_exception_whose_class_is_gone_can_still_be_told(durable, key, monkeypatch):
+    sid = durable.run(raise_temporary)
+    monkeypatch.delattr(f"{__name__}.TemporaryError")
+    failure = durable.status(sid).failure
+    assert (failure.class_name, failure.message) == ("TemporaryError", "of a class that goes")
+    value, error = durable.result(sid)
+    assert value is None
+    assert type(error) is JobFailed
+    assert str(error) == "TemporaryError: of a class that goes"
+
+
+def test_argument_whose_class_is_gone_fails_its_job_alone(durable, key, monkeypatch):
+    sid = durable.schedule(give, Temporary())
+    monkeypatch.delattr(f"{__name__}.Temporary")
+    durable.worker.run(sid)
+    assert durable.status(sid).failure.class_name == "AttributeError"
+    assert still_works(durable, key)
+
+
+def test_arguments_that_are_damaged_fail_their_job_alone(durable, key):
+    for damaged in (b"", b"garbage", b"\x80\x04.", 7, (b"", 1)):
+        sid = durable.schedule(give, 1)
+        durable.record(sid, arguments=damaged)
+        durable.worker.run(sid)
+        assert durable.status(sid).status == "failed", damaged
+    assert still_works(durable, key)
+
+
+# -- records -------------------------------------------------------------------------------
+
+
+class Foreign(Persistent):
+    pass
+
+
+class Vanishing(JobRecord):
+    """A kind of record that a later version has not."""
+
+
+@pytest.mark.parametrize("bad", ["foreign", "gone", "text", "status"])
+def test_bad_record_is_an_error_for_its_own_id_alone(durable, key, bad, monkeypatch, caplog):
+    good = durable.run(give, 1)
+    sid = "ab" * 16
+    with durable.transaction() as (table, _):
+        if bad == "text":
+            record = "a text"
+        elif bad == "foreign":
+            record = Foreign()
+        else:
+            record = Vanishing(sid, 1.0, f"{__name__}:give")
+            if bad == "status":
+                record.status = "confused"
+        table.root.unfinished[table.root.shard(sid)][sid] = record
+    if bad == "gone":
+        monkeypatch.delattr(f"{__name__}.Vanishing")
+    durable.db.cacheMinimize()
+    durable.worker.run(sid)
+    durable.worker.run(sid, None)
+    durable.worker.answer(sid)
+    durable.recovery.look()
+    durable.recovery.tell()
+    listed = [job.sid for job in durable.ask(lambda scheduler: scheduler.jobs())]
+    assert good in listed
+    assert durable.result(good) == (1, None)
+    assert still_works(durable, key)
+    assert lines_about(caplog, repr(sid))
+
+
+def test_impossible_transition_says_what_is_allowed(one):
+    record = JobRecord("ab12", 1.0, "f")
+    with pytest.raises(InvalidTransition) as refused:
+        record.move("successful", 2.0)
+    assert str(refused.value) == (
+        "job 'ab12' is accepted and cannot become successful; allowed: running, dismissed"
+    )
+
+
+# -- the log -------------------------------------------------------------------------------
+
+FORGED = "x\nERROR root: the database is on fire"
+
+
+class ForgedText(Exception):
+    pass
+
+
+def raise_forged():
+    raise ForgedText(FORGED)
+
+
+def headlines(caplog):
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_message_of_an_exception_forges_no_line_of_the_log(one, caplog):
+    caplog.set_level("DEBUG")
+    one.run(raise_forged)
+    assert headlines(caplog)
+    assert not any("\n" in line for line in headlines(caplog))
+
+
+@pytest.mark.parametrize("sid", [FORGED, "00\r\n" + FORGED, "ab" * 15 + "\n1"])
+def test_sid_forges_no_line_of_the_log(one, sid, caplog):
+    caplog.set_level("DEBUG")
+    one.executor.wake(True, sid)
+    one.worker.answer(sid)
+    one.worker.run(sid, "x")
+    one.ask(lambda scheduler: scheduler.cancel(sid))
+    assert not any("\n" in line for line in headlines(caplog))
+
+
+def test_failure_is_logged_once_with_sid_and_error_id(one, caplog):
+    sid = one.run(give)
+    error_id = one.status(sid).failure.error_id
+    [line] = [line for line in headlines(caplog) if repr(sid) in line]
+    assert error_id in line
+    assert "TypeError" in caplog.text
+    assert "Traceback" in caplog.text
+
+
+def test_conflict_with_a_forged_description_forges_no_line_of_the_log(durable, caplog, monkeypatch):
+    """Who wrote the other side of a conflict chose the note of its transaction."""
+    caplog.set_level("DEBUG")
+    monkeypatch.setattr("pyramid_async.worker.time.sleep", lambda seconds: None)
+    durable.worker.conflict_attempts = 2
+    sid = durable.run(meet_forger, ROOT, ForgerOf(durable).name)
+    assert durable.status(sid).status == "failed"
+    assert any("conflict on" in line for line in headlines(caplog))
+    assert not any("\n" in line for line in headlines(caplog))
+
+
+class ForgerOf:
+    """A rival of a job that notes a line break on its transactions."""
+
+    known = {}
+
+    def __init__(self, one: Process) -> None:
+        self.one, self.name = one, uuid4().hex
+        self.known[self.name] = self
+
+    def __call__(self):
+        with self.one.transaction() as (table, root):
+            root["n"] = root.get("n", 0) + 1
+            table.tm.get().note(FORGED)
+            table.tm.get().user = FORGED
+
+
+def meet_forger(root, name):
+    root["mine"] = root.get("mine", 0) + 1
+    ForgerOf.known[name]()
+
+
+# -- over HTTP -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("store", ["ram", "zodb"])
+def test_malformed_ids_in_urls_are_not_found_and_the_rest_goes_on(store, caplog):
+    zodb = f"memory://{uuid4().hex}" if store == "zodb" else None
+    with browser({"async.store": store}, zodb=zodb) as client:
+        url = client.url(echo, 1)
+        client.done(url)
+        base = url.rpartition("/")[0]
+        for bad in ("0" * 32, "zz", "%0a", "..%2f..", "%C3%A9", "0" * 5000, "%00", "a b"):
+            client.get(f"{base}/{bad}", status=[400, 404])
+            client.delete(f"{base}/{bad}", status=[400, 404])
+        assert client.done(url)["result"] == 1
+    assert not any("\n" in line for line in headlines(caplog))

@@ -1,0 +1,1035 @@
+"""Celery workers, brokers that fail, servers that fork: the set-ups of docs/deployment.rst.
+
+The first half needs no broker.  The second one starts the application of `tests/deployment` from
+the very files that the guide shows, on RabbitMQ, Redis, ZEO and PostgreSQL.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+import transaction
+import webapp
+from pyramid.exceptions import ConfigurationError
+from pyramid.paster import get_app
+from webapp import EXPLICIT, GATES, browser, echo, gate
+from webtest import TestApp
+
+from pyramid_async import IScheduler, current_job
+from pyramid_async import celery as module
+from pyramid_async.celery import Bells, bell, connect, in_function
+
+DEPLOYMENT = Path(__file__).parent / "deployment"
+ROOT = DEPLOYMENT.parent.parent
+GUIDE = ROOT / "docs" / "deployment.rst"
+RABBITMQ = "amqp://guest:guest@127.0.0.1:5672//"
+REDIS = "redis://127.0.0.1:6379/0"
+PATIENCE = 20.0
+
+
+def unused_port():
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        return server.getsockname()[1]
+
+
+def until(question, timeout=PATIENCE, what=""):
+    """Return the first true answer."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if answer := question():
+            return answer
+        time.sleep(0.02)
+    pytest.fail(f"waited {timeout} s in vain: {what or question}")
+
+
+# -- without a broker ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def black_hole():
+    """The port of somebody who accepts and never answers."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.fixture
+def broker():
+    """A broker in memory, one for each test."""
+    return f"memory://{uuid4().hex}"
+
+
+@contextmanager
+def client(url, **settings):
+    """A web process whose broker is at *url*, with its own database in memory."""
+    settings = {
+        "async.executor": "celery",
+        "async.celery.broker": url,
+        "async.celery.queue": uuid4().hex,
+        **EXPLICIT,
+        **settings,
+    }
+    with browser(settings, zodb=f"memory://{uuid4().hex}", retry=True) as made:
+        yield made
+
+
+def sid_of(response):
+    return response.location.rpartition("/")[2]
+
+
+def messages(queue, url):
+    """Take the messages from a queue: (body, content type) of each."""
+    with connect(url) as connection, closing(connection.SimpleQueue(queue)) as box:
+        found = []
+        while True:
+            try:
+                message = box.get(timeout=0.2)
+            except box.Empty:
+                return found
+            message.ack()
+            found.append((message.body, message.content_type))
+
+
+@pytest.mark.parametrize("scheme", ["amqp", "redis"])
+@pytest.mark.parametrize("kind", ["closed", "black hole"])
+def test_no_request_waits_for_a_broker_that_is_away(scheme, kind, black_hole):
+    port = black_hole if kind == "black hole" else unused_port()
+    with client(f"{scheme}://127.0.0.1:{port}//") as web:
+        for _ in range(5):
+            begun = time.monotonic()
+            web.start(echo)
+            assert time.monotonic() - begun < 1
+
+
+@pytest.mark.parametrize("scheme", ["amqp", "redis"])
+def test_publishing_gives_a_black_hole_up_in_about_a_second(scheme, black_hole):
+    bells = Bells(f"{scheme}://127.0.0.1:{black_hole}//", "queue", 10)
+    # The first time, the client's modules are imported too.
+    assert min(seconds_until_given_up(bells) for _ in range(2)) < 2
+
+
+def seconds_until_given_up(bells):
+    begun = time.monotonic()
+    with pytest.raises(Exception, match=r"(?i)time"):
+        bells._pass_on(module.Ring("0" * 32, "queue", False))
+    return time.monotonic() - begun
+
+
+def test_leaving_does_not_wait_for_a_black_hole(black_hole):
+    with client(f"amqp://127.0.0.1:{black_hole}//") as web:
+        web.start(echo)
+        begun = time.monotonic()
+        web.scheduler.executor.stop(0.5)
+        assert time.monotonic() - begun < 2
+
+
+def test_bells_that_find_no_room_are_left_to_recovery(black_hole):
+    settings = {"async.max_pending": "2"}
+    with client(f"amqp://127.0.0.1:{black_hole}//", **settings) as web:
+        sids = [sid_of(web.start(echo)) for _ in range(5)]
+        assert web.scheduler.executor.room() == 0
+        assert all(web.scheduler.transact(lambda s, sid=sid: s.status(sid)) for sid in sids)
+
+
+def test_the_message_carries_the_sid_alone(broker):
+    with client(broker) as web:
+        sid = sid_of(web.start(echo, "a secret"))
+        web.scheduler.executor.stop(5)
+        queue = web.scheduler.settings["celery.queue"]
+        [(body, content_type)] = messages(queue, broker)
+    assert content_type == "application/json"
+    args, kw, embedded = json.loads(body)
+    assert (args, kw) == ([sid], {})
+    assert not any(embedded.values())
+
+
+def test_an_aborted_request_rings_no_bell(broker):
+    with client(broker) as web:
+        with pytest.raises(transaction.interfaces.TransientError):
+            web.post_json("/start/echo?conflict=9", {})
+        web.scheduler.executor.stop(5)
+        assert messages(web.scheduler.settings["celery.queue"], broker) == []
+
+
+def test_using_chooses_the_queue(broker):
+    other = uuid4().hex
+    with client(broker) as web:
+        web.start(echo, queue=other)
+        web.scheduler.executor.stop(5)
+        assert len(messages(other, broker)) == 1
+
+
+def test_a_job_whose_time_has_come_goes_to_its_own_queue(broker):
+    other = uuid4().hex
+    with client(broker) as web:
+        sid = sid_of(web.start(echo, queue=other, run_after=0.01))
+        web.scheduler.executor.put(sid, "")
+        web.scheduler.executor.stop(5)
+        assert len(messages(other, broker)) == 2
+
+
+def test_a_job_is_run_once_however_often_its_bell_rings(broker):
+    with client(broker) as web, gate() as at:
+        url = web.url(webapp.behind_gate, at, "done")
+        answers = [
+            threading.Thread(target=web.scheduler.executor.answer, args=(url.rpartition("/")[2],))
+            for _ in range(5)
+        ]
+        for thread in answers:
+            thread.start()
+        GATES[at].reach()
+        GATES[at].opened.set()
+        for thread in answers:
+            thread.join(PATIENCE)
+        assert web.done(url)["result"] == "done"
+        record = web.scheduler.transact(lambda s: s.status(url.rpartition("/")[2]))
+        assert record.attempts == 1
+
+
+@pytest.mark.parametrize("forged", [None, 7, "", "no sid", ["a" * 32], {"sid": 1}, "A" * 32])
+def test_a_bell_without_an_id_is_refused_at_once(forged, broker, caplog):
+    with client(broker) as web:
+        begun = time.monotonic()
+        web.scheduler.executor.answer(forged)
+        assert time.monotonic() - begun < 0.5
+    assert "which is no job's id" in caplog.text
+
+
+def test_a_bell_for_an_unknown_job_changes_nothing(broker, caplog):
+    caplog.set_level("INFO")
+    with client(broker) as web:
+        web.scheduler.executor.answer("0" * 32)
+    assert f"no job '{'0' * 32}' for a bell" in caplog.text
+
+
+def test_a_record_that_shows_up_late_is_waited_for(broker):
+    with client(broker) as web:
+        sid = "ab" * 16
+        late = threading.Timer(0.1, schedule_as, (web, sid))
+        late.start()
+        web.scheduler.executor.answer(sid)
+        late.join()
+        assert web.scheduler.transact(lambda s: s.completed(sid))
+
+
+def schedule_as(web, sid):
+    def schedule(scheduler):
+        caller = replace(scheduler._caller, new_sid=lambda: sid)
+        scheduler.bind(scheduler._tm, caller).schedule(echo)
+
+    web.scheduler.transact(schedule)
+
+
+def test_recovery_rings_again_where_the_queue_is_empty_and_not_where_bells_wait(broker):
+    with client(broker) as web:
+        executor, queue = web.scheduler.executor, web.scheduler.settings["celery.queue"]
+        sid = sid_of(web.start(echo))
+        until(lambda: executor.bells._waiting.empty() and executor.bells._connection)
+        executor.bells._rung.clear()
+        executor.put(sid, None)  # its bell still waits
+        executor.stop(5)
+        assert len(messages(queue, broker)) == 1
+        late = Bells(broker, queue, 10)
+        late.start()
+        late.ring(sid, None, again=True)
+        late.stop(5)
+        assert len(messages(queue, broker)) == 1
+
+
+def test_a_job_that_is_passed_over_for_long_is_rung_for_all_the_same(broker, monkeypatch):
+    monkeypatch.setattr(module, "PASSED_OVER", -1.0)
+    with client(broker) as web:
+        executor = web.scheduler.executor
+        sid = sid_of(web.start(echo))
+        executor.bells.ring(sid, None, again=True)
+        executor.stop(5)
+        assert len(messages(web.scheduler.settings["celery.queue"], broker)) == 2
+
+
+def test_records_in_ram_are_refused():
+    settings = {"async.executor": "celery", "async.store": "ram"}
+    with pytest.raises(ConfigurationError, match="records are in RAM"), browser(settings):
+        pass
+
+
+def test_including_the_module_is_enough(broker):
+    def include(config):
+        config.include("pyramid_async.celery")
+
+    # As an application does that keeps its own settings free of it.
+    settings = {"async.celery.broker": broker, "async.celery.queue": uuid4().hex}
+    with browser(settings, zodb=f"memory://{uuid4().hex}", routes=include) as web:
+        assert isinstance(web.scheduler.executor, module.CeleryExecutor)
+
+
+def test_whoever_can_write_to_the_broker_reaches_one_task():
+    module.app.finalize()
+    assert list(module.app.tasks) == [bell.name]
+    assert not module.app.conf.worker_enable_remote_control
+    assert module.app.conf.accept_content == ["json"]
+    assert module.app.conf.task_ignore_result
+    assert not module.app.conf.task_acks_late
+
+
+def test_code_outside_of_a_job_is_not_interrupted_by_a_signal():
+    assert not in_function(sys._getframe())
+
+
+# -- signals, as a process of the prefork pool gets them -----------------------------------
+
+
+@pytest.fixture
+def child(monkeypatch):
+    """Be a process of the pool; tells which signals reached the pool's own handlers."""
+    made, reached = module.Signals(), []
+    made.soft = 60
+    monkeypatch.setattr(module.site, "parent", os.getppid())
+    monkeypatch.setattr(module, "signals_of_celery", made)
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = {n: signal.signal(n, lambda number, _: reached.append(number)) for n in numbers}
+    made.reached = reached
+    yield made
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def get_signal(number):
+    os.kill(os.getpid(), number)
+    while True:
+        time.sleep(0.005)
+
+
+STORAGE = {"__name__": "ZODB.storage"}
+exec("import os\ndef commit(number): os.kill(os.getpid(), number); done.append(1)", STORAGE)
+
+
+def get_signal_in_the_storage(number):
+    STORAGE["done"] = []
+    STORAGE["commit"](number)
+    while True:
+        time.sleep(0.005)
+
+
+def go_on():
+    while True:
+        current_job().check()
+        time.sleep(0.005)
+
+
+def answered(web, function, *arguments):
+    """Run a job in this thread; return its status."""
+    sid = web.scheduler.transact(lambda s: s.schedule(function, *arguments))
+    web.scheduler.executor.answer(sid)
+    return web.scheduler.transact(lambda s: s.status(sid))
+
+
+@pytest.mark.parametrize("function", [get_signal, get_signal_in_the_storage])
+def test_the_soft_limit_fails_a_job_that_never_checks(function, child, broker):
+    with client(broker) as web:
+        status = answered(web, function, int(signal.SIGUSR1))
+        assert status.failure.class_name == "JobTimeout"
+        assert "Celery's soft time limit of 60 s" in status.failure.message
+        os.kill(os.getpid(), signal.SIGUSR1)  # too late: nothing runs
+        assert child.reached == []
+
+
+@pytest.mark.parametrize("function", [get_signal, get_signal_in_the_storage])
+def test_a_process_that_is_told_to_end_gives_its_job_back_first(function, child, broker):
+    with client(broker) as web:
+        status = answered(web, function, int(signal.SIGTERM))
+        assert (status.status, status.attempts) == ("accepted", 0)
+        assert child.reached == [signal.SIGTERM]
+
+
+def test_the_storage_is_not_interrupted(child, broker):
+    with client(broker) as web:
+        answered(web, get_signal_in_the_storage, int(signal.SIGUSR1))
+    assert STORAGE["done"] == [1]
+
+
+def test_the_hard_limit_is_recorded_before_celery_kills_the_process(child, broker):
+    child.hard = 0.4
+    with client(broker) as web:
+        status = answered(web, go_on)
+    assert "Celery's time limit of 0.4 s" in status.failure.message
+
+
+# -- services: how the application of the guide is started ---------------------------------
+
+services = pytest.mark.services
+slow = pytest.mark.slow
+
+
+class Door:
+    """A door to a broker that a test can close, or turn into a black hole."""
+
+    def __init__(self, host, port):
+        self.behind = (host, port)
+        self.open = True
+        self.pairs = []
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.port = self.server.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                near, _ = self.server.accept()
+            except OSError:
+                return
+            if self.open == "black hole":
+                self.pairs.append((near, near))
+                continue
+            if not self.open:
+                near.close()
+                continue
+            far = socket.create_connection(self.behind)
+            self.pairs.append((near, far))
+            for pair in ((near, far), (far, near)):
+                threading.Thread(target=self._carry, args=pair, daemon=True).start()
+
+    def _carry(self, source, target):
+        with suppress(OSError):
+            while data := source.recv(65536):
+                while self.open == "black hole":
+                    time.sleep(0.02)
+                if self.open == "slow":
+                    time.sleep(0.3)
+                target.sendall(data)
+        for end in (source, target):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def be(self, how):
+        """True: as if it were not there; False: closed; or ``black hole``, or ``slow``."""
+        self.open = how
+        if how is not True and how != "black hole":
+            self.cut()
+
+    def cut(self):
+        pairs, self.pairs = self.pairs, []
+        for pair in pairs:
+            for end in pair:
+                with suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+                end.close()
+
+    def close(self):
+        self.open = False
+        self.server.close()
+        self.cut()
+
+
+class Deployment:
+    """The files of the guide in a directory of their own, and what was started with them."""
+
+    def __init__(self, directory, storage, broker):
+        self.directory = directory
+        self.broker = broker
+        self.queue = f"test-{uuid4().hex}"
+        self.running = []
+        self.webs = []
+        self.closing = []
+        for path in DEPLOYMENT.iterdir():
+            if path.is_file():
+                (directory / path.name).write_bytes(path.read_bytes())
+        if broker:
+            self.edit(
+                "production.ini",
+                {
+                    "amqp://shop:secret@broker.example.org:5672/shop": broker,
+                    "async.celery.queue = shop": f"async.celery.queue = {self.queue}",
+                },
+            )
+        self.set({"async.maintenance_interval": 0.5})
+        getattr(self, f"use_{storage.replace('-', '_')}")()
+
+    def edit(self, name, changes):
+        path = self.directory / name
+        text = path.read_text()
+        for old, new in changes.items():
+            assert old in text, (name, old)
+            text = text.replace(old, new)
+        path.write_text(text)
+
+    def set(self, settings):
+        """Add settings to the application."""
+        lines = "".join(f"{name} = {value}\n" for name, value in settings.items())
+        self.edit("production.ini", {"retry.attempts = 3\n": f"retry.attempts = 3\n{lines}"})
+
+    # -- storages
+
+    def use_zeo(self):
+        self.zeo_port = unused_port()
+        self.edit("zodb.conf", {"zeo.example.org:9100": f"127.0.0.1:{self.zeo_port}"})
+        self.edit(
+            "zeo.conf",
+            {
+                "0.0.0.0:9100": f"127.0.0.1:{self.zeo_port}",
+                "/srv/shop/data.fs": str(self.directory / "data.fs"),
+            },
+        )
+        self.start_zeo()
+
+    def start_zeo(self):
+        server = self.start("-m", "ZEO.runzeo", "-C", "zeo.conf")
+        until(lambda: listens(self.zeo_port), what="ZEO")
+        return server
+
+    def use_file(self):
+        pass
+
+    use_ram = use_file
+
+    def use_relstorage(self, keep_history="false"):
+        import psycopg2
+
+        name = f"test_{uuid4().hex}"
+        self.edit(
+            "relstorage.conf",
+            {
+                "dbname='shop' user='shop' host='db.example.org'": (
+                    f"dbname='{name}' user='postgres' host='127.0.0.1'"
+                ),
+                "keep-history false": f"keep-history {keep_history}",
+            },
+        )
+        self.edit("production.ini", {"zodb.conf": "relstorage.conf"})
+
+        def execute(statement):
+            with closing(psycopg2.connect("dbname=postgres user=postgres host=127.0.0.1")) as c:
+                c.autocommit = True
+                c.cursor().execute(statement)
+
+        execute(f"CREATE DATABASE {name}")
+        self.closing.append(lambda: execute(f"DROP DATABASE {name} WITH (FORCE)"))
+
+    def use_relstorage_with_history(self):
+        self.use_relstorage("true")
+
+    # -- processes
+
+    def start(self, *arguments, log="log"):
+        """Start a Python program in the directory."""
+        path = os.pathsep.join([str(self.directory), str(ROOT)])
+        with open(self.directory / log, "ab") as out:
+            process = subprocess.Popen(
+                [sys.executable, *arguments],
+                cwd=self.directory,
+                env={**os.environ, "PYTHONPATH": path, "C_FORCE_ROOT": "1"},
+                stdout=out,
+                stderr=out,
+            )
+        self.running.append(process)
+        return process
+
+    def log(self, name="log"):
+        path = self.directory / name
+        return path.read_text() if path.exists() else ""
+
+    def worker(self, *options, wait=True):
+        """Start a Celery worker as the guide says, and wait until it takes jobs."""
+        log = f"worker-{uuid4().hex}"
+        process = self.start(
+            *("-m", "celery", "-A", "pyramid_async.celery", "worker", "--ini", "production.ini"),
+            *("-c", "2", "-n", log, "--without-gossip", "--without-mingle", *options),
+            log=log,
+        )
+        process.log = log
+        if wait:
+            until(lambda: " ready." in self.log(log), what=f"a worker: {self.log(log)}")
+        return process
+
+    def gunicorn(self, ini="production.ini", *options):
+        """Start gunicorn as the guide says; return its URL."""
+        port = unused_port()
+        process = self.start(
+            *("-m", "gunicorn", "--paste", ini, "--bind", f"127.0.0.1:{port}", *options),
+            log="gunicorn",
+        )
+        until(lambda: listens(port) or process.poll() is not None, what="gunicorn")
+        return process, f"http://127.0.0.1:{port}"
+
+    def web(self):
+        """A web process: this one."""
+        web = Shop(get_app(str(self.directory / "production.ini")))
+        self.webs.append(web)
+        return web
+
+    def end(self, process, how=signal.SIGTERM, timeout=15):
+        process.send_signal(how)
+        return process.wait(timeout)
+
+    def close(self):
+        for web in self.webs:
+            web.close()
+        for process in reversed(self.running):
+            process.kill()
+            process.wait()
+        for close in reversed(self.closing):
+            close()
+        if self.broker:
+            remove_queue(self.queue, RABBITMQ if "amqp" in self.broker else REDIS)
+
+
+def remove_queue(name, url):
+    with connect(url) as connection, suppress(*connection.channel_errors):
+        channel = connection.default_channel
+        channel.queue_delete(name)
+        if url == RABBITMQ:
+            channel.exchange_delete(name)
+
+
+def listens(port):
+    with suppress(OSError), closing(socket.create_connection(("127.0.0.1", port), 1)):
+        return True
+    return False
+
+
+class Shop(TestApp):
+    """A client of the example application in this process."""
+
+    @property
+    def scheduler(self):
+        return self.app.registry.getUtility(IScheduler)
+
+    def sell(self, goods="tea", directory=None, **options):
+        """Schedule a job; return its sid."""
+        call = {"goods": goods, "options": options}
+        if directory is not None:
+            call["directory"] = str(directory)
+        begun = time.monotonic()
+        response = self.post_json("/start", call, status=202)
+        assert time.monotonic() - begun < 1, "the request waited"
+        return sid_of(response)
+
+    def status(self, sid):
+        return self.scheduler.transact(lambda scheduler: scheduler.status(sid))
+
+    def ended(self, sid, timeout=PATIENCE):
+        """Return the status of a job that is about to end."""
+
+        def done():
+            status = self.status(sid)
+            return status.done and status
+
+        return until(done, timeout, f"job {sid}")
+
+    def ended_well(self, *sids, timeout=PATIENCE):
+        for sid in sids:
+            status = self.ended(sid, timeout)
+            assert status.status == "successful", status
+        counts = self.scheduler.transact(lambda s: dict(s._table().connection.root()["receipts"]))
+        assert {sid: counts.get(sid) for sid in sids} == dict.fromkeys(sids, 1)
+
+    def close(self):
+        self.scheduler.executor.stop(2)
+        for database in self.app.registry._zodb_databases.values():
+            database.close()
+
+
+def run_by(directory, sid, attempt=1):
+    """Wait until the job begins; return the pid of its process."""
+    path = directory / f"{sid}.{attempt}"
+    return int(until(lambda: path.exists() and path.read_text(), what="the job to begin"))
+
+
+@pytest.fixture
+def deploy(tmp_path, monkeypatch):
+    """A function that makes a Deployment."""
+    monkeypatch.syspath_prepend(DEPLOYMENT)
+    made = []
+
+    def make(storage="zeo", broker=RABBITMQ, **settings):
+        directory = tmp_path / f"deployment-{len(made)}"
+        directory.mkdir()
+        deployment = Deployment(directory, storage, broker)
+        made.append(deployment)
+        if settings:
+            deployment.set({f"async.{name}": value for name, value in settings.items()})
+        return deployment
+
+    yield make
+    for deployment in reversed(made):
+        deployment.close()
+    transaction.abort()
+
+
+IMPATIENT = {"heartbeat": 0.5, "lease": 2}
+
+
+# -- services: brokers, storages, pools ----------------------------------------------------
+
+
+@services
+@slow
+@pytest.mark.parametrize(
+    ("broker", "storage", "pool"),
+    [
+        (RABBITMQ, "zeo", "prefork"),
+        (REDIS, "zeo", "threads"),
+        (REDIS, "relstorage", "prefork"),
+        (RABBITMQ, "relstorage-with-history", "solo"),
+    ],
+)
+def test_workers_of_every_kind_run_each_job_once(broker, storage, pool, deploy):
+    site = deploy(storage, broker)
+    web = site.web()
+    other = f"{site.queue}-other"
+    site.closing.append(lambda: remove_queue(other, broker))
+    sids = [web.sell(queue=other if n % 2 else None) for n in range(20)]
+    site.worker("-P", pool, "-Q", f"{site.queue},{other}")
+    web.ended_well(*sids, *[web.sell() for _ in range(5)])
+
+
+@services
+@slow
+def test_doubled_purged_and_forged_messages_change_nothing(deploy):
+    site = deploy()
+    web = site.web()
+    sids = [web.sell() for _ in range(3)]
+    with connect(RABBITMQ) as connection:
+        until(lambda: length(connection, site.queue) == 3)
+        for sid in sids[:2] * 3 + ["no sid", "f" * 32]:
+            bell.apply_async((sid,), queue=site.queue, connection=connection)
+        producer = connection.Producer()
+        producer.publish(b"cos\nsystem\n(S'false'\ntR.", routing_key=site.queue)
+        producer.publish(
+            [[], {}, {}],
+            routing_key=site.queue,
+            serializer="json",
+            headers={"task": "celery.backend_cleanup", "id": "x"},
+        )
+        worker = site.worker()
+        web.ended_well(*sids)
+        lost = [web.sell(directory=site.directory) for _ in range(2)]
+        waiting = [web.sell() for _ in range(3)]
+        for sid in lost:
+            run_by(site.directory, sid)
+        until(lambda: length(connection, site.queue))
+        connection.default_channel.queue_purge(site.queue)
+    (site.directory / "go").touch()
+    web.ended_well(*lost, *waiting)
+    assert worker.poll() is None
+
+
+def length(connection, queue):
+    return connection.default_channel.queue_declare(queue=queue, passive=True).message_count
+
+
+@services
+@slow
+@pytest.mark.parametrize("how", [False, "black hole"])
+@pytest.mark.parametrize("broker", [RABBITMQ, REDIS])
+def test_jobs_run_soon_after_the_broker_is_back(broker, how, deploy, caplog):
+    port = 5672 if broker == RABBITMQ else 6379
+    with closing(Door("127.0.0.1", port)) as door:
+        site = deploy("zeo", broker.replace(str(port), str(door.port)))
+        web = site.web()
+        web.sell()
+        site.worker("-P", "threads")
+        web.ended_well(web.sell())
+        door.be(how)
+        sids = [web.sell() for _ in range(5)]
+        until(lambda: "was dropped" in caplog.text)
+        door.be(False)
+        door.be(True)
+        web.ended_well(*sids, *[web.sell() for _ in range(3)], timeout=30)
+
+
+@services
+@slow
+def test_a_slow_broker_slows_no_request(deploy):
+    with closing(Door("127.0.0.1", 5672)) as door:
+        site = deploy("zeo", RABBITMQ.replace("5672", str(door.port)))
+        web = site.web()
+        site.worker("-P", "solo")
+        door.be("slow")
+        web.ended_well(web.sell(), timeout=40)
+
+
+# -- services: limits and ends -------------------------------------------------------------
+
+
+@services
+@slow
+@pytest.mark.parametrize(
+    ("option", "goods", "reason"),
+    [
+        ("--soft-time-limit=1", "never checks", "ran longer than Celery's soft time limit of 1"),
+        ("--time-limit=2", "never checks", "ran into Celery's time limit of 2"),
+    ],
+)
+def test_celerys_time_limits_end_a_job_with_a_reason(option, goods, reason, deploy):
+    site = deploy()
+    web = site.web()
+    site.worker(option)
+    sid = web.sell(goods, site.directory)
+    status = web.ended(sid)
+    assert status.status == "failed"
+    assert status.failure.class_name == "JobTimeout"
+    assert reason in status.failure.message
+    assert status.attempts == 1
+    (site.directory / "go").touch()
+    web.ended_well(web.sell())  # the pool goes on
+
+
+@services
+@slow
+@pytest.mark.parametrize("who", ["child", "worker"])
+def test_what_is_killed_loses_no_job(who, deploy):
+    site = deploy(**IMPATIENT)
+    web = site.web()
+    worker = site.worker()
+    sids = [web.sell(directory=site.directory) for _ in range(2)]
+    waiting = [web.sell() for _ in range(4)]
+    pids = [run_by(site.directory, sid) for sid in sids]
+    if who == "child":
+        os.kill(pids[0], signal.SIGKILL)
+    else:
+        site.end(worker, signal.SIGKILL)
+        site.worker()
+    (site.directory / "go").touch()
+    web.ended_well(*sids, *waiting)
+    assert web.status(sids[0]).attempts == 2
+
+
+@services
+@slow
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_a_warm_shutdown_lets_jobs_end(pool, deploy):
+    site = deploy()
+    web = site.web()
+    worker = site.worker("-P", pool)
+    sid = web.sell(directory=site.directory)
+    waiting = [web.sell(directory=site.directory) for _ in range(4)]
+    run_by(site.directory, sid)
+    worker.send_signal(signal.SIGTERM)
+    until(lambda: "Warm shutdown" in site.log(worker.log))
+    (site.directory / "go").touch()
+    assert worker.wait(15) == 0
+    web.ended_well(sid)
+    assert web.status(sid).attempts == 1
+    site.worker()
+    web.ended_well(*waiting)
+
+
+@services
+@slow
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_a_cold_shutdown_gives_running_jobs_back(pool, deploy):
+    site = deploy()
+    web = site.web()
+    worker = site.worker("-P", pool)
+    sids = [web.sell(directory=site.directory) for _ in range(3)]
+    run_by(site.directory, sids[0])
+    site.end(worker, signal.SIGQUIT)
+    status = web.status(sids[0])
+    assert (status.status, status.attempts) == ("accepted", 0)  # it counts as no attempt
+    (site.directory / "go").touch()
+    site.worker()
+    web.ended_well(*sids)
+
+
+@services
+@slow
+def test_a_cold_shutdown_ends_a_job_that_never_checks(deploy):
+    site = deploy()
+    web = site.web()
+    worker = site.worker()
+    sid = web.sell("never checks", site.directory)
+    run_by(site.directory, sid)
+    site.end(worker, signal.SIGQUIT)
+    assert web.status(sid).attempts == 0
+    (site.directory / "go").touch()
+    site.worker()
+    web.ended_well(sid)
+
+
+@services
+@slow
+def test_an_upgrade_fails_the_jobs_that_it_forgot_and_no_others(deploy):
+    site = deploy()
+    web = site.web()
+    moved = web.sell(directory=site.directory)
+    changed = web.sell()
+    site.edit(
+        "shop.py", {"def sell_slowly(": "def sell_for_long(", "receipts, goods)": "receipts)"}
+    )
+    worker = site.worker()
+    for sid, reason in ((moved, "AttributeError"), (changed, "TypeError")):
+        status = web.ended(sid)
+        assert (status.status, status.failure.class_name) == ("failed", reason)
+    site.end(worker)
+    site.edit("shop.py", {"def sell(receipts)": "def sell(receipts, goods)"})
+    site.worker()
+    web.ended_well(web.sell())
+
+
+# -- services: what is set up wrongly ------------------------------------------------------
+
+WRONG = {
+    "a setting": ({"async.executor = celery": "async.exekutor = celery"}, "async.exekutor"),
+    "a value": ({"retry.attempts": "async.lease = 1\nretry.attempts"}, "three heartbeats"),
+    "the executor": (
+        {"async.executor = celery": "", "zconfig://%(here)s/zodb.conf": "memory://"},
+        "async.executor is not celery",
+    ),
+    "the application": ({"shop:main": "nowhere:main"}, "No module named 'nowhere'"),
+    "the storage": ({"zodb.conf": "nothing.conf"}, "nothing.conf"),
+}
+
+
+@services
+@slow
+@pytest.mark.parametrize("what", WRONG)
+def test_a_worker_that_is_set_up_wrongly_ends_and_says_why(what, deploy):
+    changes, reason = WRONG[what]
+    site = deploy("ram")
+    site.edit("production.ini", changes)
+    worker = site.worker(wait=False)
+    assert worker.wait(20) == 1
+    assert reason in site.log(worker.log)
+
+
+@services
+@slow
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ((), "--ini FILE"),
+        (("--ini", "missing.ini"), "missing.ini"),
+    ],
+)
+def test_a_worker_without_an_ini_file_says_so(options, reason, deploy):
+    site = deploy("ram")
+    worker = site.start(
+        "-m", "celery", "-A", "pyramid_async.celery", "worker", *options, log="worker"
+    )
+    assert worker.wait(20) == 1
+    assert reason in site.log("worker")
+
+
+@services
+@slow
+@pytest.mark.parametrize("pool", ["threads", "solo"])
+def test_pools_without_processes_end_too(pool, deploy):
+    site = deploy("ram")
+    site.edit("production.ini", {"zodb.conf": "nothing.conf"})
+    worker = site.worker("-P", pool, wait=False)
+    assert worker.wait(20) == 1
+    assert "nothing.conf" in site.log(worker.log)
+
+
+# -- services: gunicorn --------------------------------------------------------------------
+
+
+def ask(url, body=None):
+    """Return (status, Location, JSON)."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.status, answer.headers["Location"], json.load(answer)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, None, error.read().decode()
+
+
+def finished(url):
+    def done():
+        _, _, document = ask(url)
+        return document["done"] and document
+
+    return until(done, what=url)
+
+
+@services
+@slow
+def test_several_web_processes_and_workers_share_the_jobs(deploy):
+    site = deploy()
+    _, url = site.gunicorn("production.ini", "--workers", "2", "--threads", "4")
+    for _ in range(2):
+        site.worker()
+    locations = [ask(f"{url}/start", {"goods": n})[1] for n in range(20)]
+    documents = [finished(location) for location in locations]
+    assert {document["status"] for document in documents} == {"successful"}
+    assert sorted(document["result"]["goods"] for document in documents) == list(range(20))
+
+
+@services
+@slow
+def test_one_process_on_a_file_runs_its_jobs_itself(deploy):
+    site = deploy("file", None)
+    _, url = site.gunicorn("alone.ini")
+    _, location, _ = ask(f"{url}/start", {"goods": "tea"})
+    assert finished(location)["result"]["goods"] == "tea"
+
+
+@services
+@slow
+def test_preloaded_ram_jobs_run_in_every_child(deploy):
+    site = deploy("file", None)
+    site.edit("alone.ini", {"zodbconn.uri": "# zodbconn.uri", "tm.manager_hook": "# tm."})
+    _, url = site.gunicorn("alone.ini", "--preload", "--workers", "2", "--threads", "4")
+    address = url.removeprefix("http://")
+    processes = set()
+    until(lambda: processes.add(process_of_a_job(address)) or len(processes) == 2)
+
+
+def process_of_a_job(address):
+    """Run a job in whichever child answers, and stay with that child."""
+    with closing(http.client.HTTPConnection(address, timeout=PATIENCE)) as connection:
+
+        def ask(method, path, body=None):
+            headers = {"Content-Type": "application/json"}
+            connection.request(method, path, body and json.dumps(body), headers)
+            with connection.getresponse() as answer:
+                return answer.headers["Location"], json.load(answer)
+
+        # Only the recovery thread wakes a job that waits for its time.
+        call = {"goods": "tea", "options": {"run_after": 0.1}}
+        location, _ = ask("POST", "/start", call)
+        path = location.partition(address)[2]
+        document = until(lambda: (found := ask("GET", path)[1])["done"] and found)
+        return document["result"]["process"]
+
+
+@services
+@slow
+@pytest.mark.parametrize("storage", ["zeo", "file"])
+def test_a_database_opened_before_the_fork_is_refused(storage, deploy):
+    site = deploy(storage, RABBITMQ if storage == "zeo" else None)
+    ini = "production.ini" if storage == "zeo" else "alone.ini"
+    process, url = site.gunicorn(ini, "--preload")
+    if process.poll() is None:
+        status, _, _ = ask(f"{url}/start", {"goods": "tea"})
+        assert status == 500
+    until(lambda: "make the application after the fork" in " ".join(site.log("gunicorn").split()))
+
+
+# -- the guide -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in DEPLOYMENT.iterdir() if p.suffix != ".py"))
+def test_the_guide_shows_the_files_that_are_tested(name):
+    if (DEPLOYMENT / name).is_dir():
+        pytest.skip("no file")
+    indented = "".join(
+        f"    {line}".rstrip() + "\n" for line in (DEPLOYMENT / name).read_text().splitlines()
+    )
+    assert indented in GUIDE.read_text()

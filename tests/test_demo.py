@@ -1,0 +1,536 @@
+"""The demo: CSV files as they are found in the world, and the pages from upload to download."""
+
+from __future__ import annotations
+
+import csv
+import io
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import transaction
+from pyramid.paster import get_app
+from webtest import TestApp, Upload
+
+from demo import models
+from demo.csvfile import MAX_ROWS, BrokenRow, CsvFile, NotCsv
+from demo.jobs import count_slowly
+from demo.models import Catalogue, split_words
+from demo.sample import SAMPLE, write_sample
+from pyramid_async.interfaces import IScheduler
+
+# WebOb leaves the temporary files of large bodies to the garbage collector.
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:unclosed file <_io.(BufferedRandom|FileIO .* mode='rb\+'):ResourceWarning"
+)
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sample") / SAMPLE
+    write_sample(path)
+    return path
+
+
+# -- reading CSV -----------------------------------------------------------------------
+
+
+def read(content, encoding=None):
+    """Return (columns, good rows, broken rows)."""
+    file = CsvFile(io.BytesIO(content), encoding)
+    rows = list(file)
+    broken = [row for row in rows if isinstance(row, BrokenRow)]
+    return file.columns, [row for row in rows if not isinstance(row, BrokenRow)], broken
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252"]
+)
+def test_encoding_is_detected(encoding):
+    text = "name;city\r\nJosé;Malmö\r\nZoë;Besançon\r\n" * 3
+    columns, rows, broken = read(text.encode(encoding))
+    assert columns == ["name", "city"]
+    assert rows[:2] == [["José", "Malmö"], ["Zoë", "Besançon"]]
+    assert not broken
+
+
+def test_bytes_that_windows_does_not_know_are_read_as_latin_1():
+    _columns, rows, broken = read("a,b\né\x81,2\n".encode("latin-1"))
+    assert (rows, broken) == ([["é\x81", "2"]], [])
+
+
+@pytest.mark.parametrize(
+    ("encoding", "word"), [("cp1251", "Привет"), ("shift_jis", "日本語"), ("gb18030", "中文")]
+)
+def test_encoding_may_be_chosen(encoding, word):
+    assert read(f"a,b\n{word},2\n".encode(encoding), encoding)[1] == [[word, "2"]]
+
+
+@pytest.mark.parametrize(
+    ("codec", "chosen"),
+    [
+        ("utf-8-sig", "utf-8"),
+        ("utf-16", "utf-16"),
+        ("utf-16-le", "utf-16"),
+        ("utf-16-be", "utf-16"),
+    ],
+)
+def test_chosen_encoding_may_have_its_mark_or_not(codec, chosen):
+    assert read("a,b\n1,2\n".encode(codec), chosen)[:2] == (["a", "b"], [["1", "2"]])
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("quote", ['"', "'"])
+def test_delimiter_and_quote_are_detected(delimiter, quote):
+    lines = [["name", "note"], ["a", f"x{delimiter}y, z; u"], ["b", "it"], ["c", "d"]]
+    text = "\n".join(delimiter.join(quote + cell + quote for cell in line) for line in lines)
+    columns, rows, broken = read(text.encode())
+    assert ([columns, *rows], broken) == (lines, [])
+
+
+def test_commas_in_numbers_do_not_hide_the_semicolon():
+    assert read(b"item;price;vat\nx;1,50;0,30\ny;2,75;0,50\n")[0] == ["item", "price", "vat"]
+
+
+def test_quote_left_open_near_the_top_is_still_the_quote():
+    _columns, rows, broken = read(b'a;b;c\n1;"open;3\n4;5;"6\n7"\n8;9;"0"\n')
+    assert rows == [["4", "5", "6\n7"], ["8", "9", "0"]]
+    assert [row.row for row in broken] == [2]
+
+
+def test_blanks_before_a_quote_are_skipped():
+    assert read(b'a, b\n1, "x, y"\n2, "z"\n')[1] == [["1", "x, y"], ["2", "z"]]
+
+
+def test_separator_line_of_excel_is_obeyed():
+    assert read(b"sep=|\na,b|c\n1|2\n")[:2] == (["a,b", "c"], [["1", "2"]])
+
+
+def test_text_of_one_column_keeps_its_commas():
+    columns, rows, broken = read(b"sentence\nWell, yes\nNo\n\nOh, well, maybe\n")
+    assert columns == ["sentence"]
+    assert rows == [["Well, yes"], ["No"], ["Oh, well, maybe"]]
+    assert not broken
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_line_ends_of_every_kind_and_in_cells_are_kept(end):
+    _columns, rows, broken = read(f'a,b{end}1,"two{end}lines"{end}3,4'.encode())
+    assert (rows, broken) == ([["1", f"two{end}lines"], ["3", "4"]], [])
+
+
+def test_header_names_become_unique_and_none_is_empty():
+    assert read(b" id ,,id,a\0b\n1,2,3,4\n")[0] == ["id", "column 2", "id (2)", "ab"]
+
+
+def test_broken_rows_are_told_by_number_and_the_rest_is_kept():
+    content = b"a,b,c\n1,2,3\n1,2\n4,5,6\n1,2,3,4\n7,\0,9\n\n\xc3\xa4,\xff,x\n\xc3\xa4,\xc3\xb6,y\n"
+    _columns, rows, broken = read(content)
+    assert rows == [["1", "2", "3"], ["4", "5", "6"], ["ä", "ö", "y"]]
+    assert broken == [
+        BrokenRow(3, 3, "2 columns instead of 3"),
+        BrokenRow(5, 5, "4 columns instead of 3"),
+        BrokenRow(6, 6, "a NUL byte"),
+        BrokenRow(7, 8, "bytes that are not utf-8"),
+    ]
+
+
+def test_half_a_character_of_utf_16_breaks_its_row_alone():
+    content = "a,b\n1,2\n3,".encode("utf-16") + b"\x00\xd8" + "\n5,6\n".encode("utf-16-le")
+    _columns, rows, broken = read(content)
+    assert rows == [["1", "2"], ["5", "6"]]
+    assert broken == [BrokenRow(3, 3, "bytes that are not utf-16")]
+
+
+@pytest.mark.parametrize("after", [1, 10, 3_000])
+def test_quote_that_is_never_closed_breaks_one_row_alone(after):
+    good = "".join(f"{number},x\n" for number in range(after))
+    _columns, rows, broken = read(f'a,b\n0,ok\n1,"open\n{good}'.encode())
+    assert len(rows) == 1 + after
+    assert [row[:2] for row in broken] == [(3, 3)]
+
+
+def test_quotes_of_two_rows_are_no_pair():
+    _columns, rows, broken = read(b'a,b\n1,"open\n2,"closed"\n3,"also"\n')
+    assert rows == [["2", "closed"], ["3", "also"]]
+    assert [row.row for row in broken] == [2]
+
+
+def test_cell_that_is_too_large_breaks_its_row_alone():
+    _columns, rows, broken = read(b"a,b\n1," + b"x" * 200_000 + b"\n3,4\n")
+    assert rows == [["3", "4"]]
+    assert broken[0][:2] == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"", "empty"),
+        (b"\n\n\n", "empty"),
+        (b"PK\x03\x04 and so on", "Excel"),
+        (b"x" * 1_100_000, "Line 1 has more than"),
+        (b"a,b\n" + b"x" * 1_100_000, "Line 2 has more than"),
+        (",".join(f"c{n}" for n in range(600)).encode(), "600 columns"),
+    ],
+)
+def test_what_is_no_csv_file_is_refused_with_a_reason(content, text):
+    with pytest.raises(NotCsv, match=text):
+        read(content)
+
+
+def test_more_rows_than_allowed_are_refused():
+    assert len(read(b"a\n" + b"1\n" * MAX_ROWS)[1]) == MAX_ROWS
+    with pytest.raises(NotCsv, match="more than 200,000 rows"):
+        read(b"a\n" + b"1\n" * (MAX_ROWS + 1))
+
+
+def test_sample_is_real_data_of_many_rows(sample):
+    _columns, rows, broken = read(sample.read_bytes())
+    assert len(rows) > 20_000
+    assert not broken
+    assert ["U+20AC", "€", "EURO SIGN", "symbol, currency", "ET", "ambiguous", "", ""] in rows
+
+
+def test_first_command_needs_nothing_but_python():
+    command = [sys.executable, "-I", "-S", str(CHECKOUT / "demo"), "--help"]
+    assert b"--port" in subprocess.run(command, capture_output=True, check=True).stdout
+
+
+# -- searching -------------------------------------------------------------------------
+
+
+def test_words_are_compared_without_case_and_a_lone_sign_is_one():
+    assert split_words("Straße ΑΒΓ ﬁn-2") == ("strasse", "αβγ", "fin", "2")
+    assert split_words(" → ") == ("→",)
+    assert split_words("") == ()
+
+
+# -- the pages -------------------------------------------------------------------------
+
+
+class Client(TestApp):
+    """A browser on an application of its own, made from development.ini in a new folder."""
+
+    def __init__(self, folder):
+        super().__init__(get_app(str(folder / "development.ini")))
+        self.databases = self.app.registry._zodb_databases
+
+    closed = False
+
+    def close(self):
+        """Stop the workers first: what they run either commits before or never."""
+        if self.closed:
+            return
+        self.closed = True
+        self.app.registry.getUtility(IScheduler).executor.stop(10)
+        for database in self.databases.values():
+            database.close()
+        transaction.abort()
+
+    def press(self, page, action, **fields):
+        """Send the form that leads to *action* and return the page it leads to."""
+        forms = {form.action.partition("?")[0]: form for form in page.forms.values()}
+        form = forms[action]
+        for name, value in fields.items():
+            form[name] = value
+        response = form.submit()
+        assert response.status_int == 303, response
+        return response.follow()
+
+    def upload(self, name, content, **fields):
+        return self.press(self.get("/"), "/upload", file=Upload(name, content), **fields)
+
+    @contextmanager
+    def stored(self, address):
+        """The dataset of an address, as the database has it."""
+        with self.databases[""].transaction() as connection:
+            yield connection.root()["demo"].datasets[address.rpartition("/")[2]]
+
+    def url_of(self, page):
+        return page.html.find(id="job")["data-url"]
+
+    def finished(self, page):
+        """Wait for the job of a page and return the page that shows its end."""
+        document = self.get(self.url_of(page) + "?wait=20").json
+        assert document["done"], document
+        return self.get(page.request.path_qs)
+
+    def imported(self, name, content, **fields):
+        """Upload a file and return the address of its dataset."""
+        page = self.finished(self.upload(name, content, **fields))
+        return page.click("Search the rows").request.path
+
+    def search(self, dataset, query):
+        """Return the rows shown."""
+        rows = self.get(dataset, {"q": query}).html.select("tbody tr")
+        return [[cell.text for cell in row.select("td")] for row in rows]
+
+
+@pytest.fixture
+def folder(tmp_path, sample):
+    shutil.copy(CHECKOUT / "development.ini", tmp_path)
+    (tmp_path / "var").mkdir()
+    shutil.copy(sample, tmp_path / "var")
+    return tmp_path
+
+
+@pytest.fixture
+def client(folder):
+    client = Client(folder)
+    yield client
+    client.close()
+
+
+PEOPLE = "name;city\r\nJosé;Malmö\r\nbroken\r\nZoë;Besançon\r\n".encode("cp1252")
+
+
+def text_of(page):
+    return " ".join(page.html.find("main").text.split())
+
+
+def test_file_is_uploaded_imported_searched_exported_and_read_again(client):
+    page = client.finished(client.upload("people.csv", PEOPLE))
+    assert "2 rows are stored" in text_of(page)
+    assert "Row 3: 1 column instead of 2" in text_of(page)
+    dataset = page.click("Search the rows").request.path
+    assert client.search(dataset, "malm") == [["José", "Malmö"]]
+    assert client.search(dataset, "") == [["José", "Malmö"], ["Zoë", "Besançon"]]
+    page = client.finished(client.press(client.get(dataset), dataset + "/export"))
+    file = page.click("Download it")
+    assert file.headers["Content-Disposition"] == 'attachment; filename="people-export.csv"'
+    assert read(file.body) == (["name", "city"], [["José", "Malmö"], ["Zoë", "Besançon"]], [])
+
+
+def test_search_result_alone_is_exported(client):
+    dataset = client.imported("people.csv", PEOPLE)
+    page = client.get(dataset, {"q": "zo"})
+    file = client.finished(client.press(page, dataset + "/export")).click("Download it")
+    assert read(file.body)[1] == [["Zoë", "Besançon"]]
+
+
+def test_sample_is_imported_and_searched_by_words_and_signs(client):
+    page = client.finished(client.press(client.get("/"), "/start/sample"))
+    dataset = page.click("Search the rows").request.path
+    assert client.search(dataset, "EURO currency")[-1][:3] == ["U+20AC", "€", "EURO SIGN"]
+    assert client.search(dataset, "→")[0][2] == "RIGHTWARDS ARROW"
+    assert client.search(dataset, "no such word") == []
+    assert next(row[2] for row in client.search(dataset, "alpha small greek")) == (
+        "GREEK SMALL LETTER ALPHA WITH TONOS"
+    )
+
+
+def test_rows_are_shown_page_by_page(client):
+    dataset = client.imported("n.csv", b"n,word\n" + b"".join(b"%d,w\n" % n for n in range(120)))
+    page = client.get(dataset)
+    assert "Rows 1 to 50 of 120." in text_of(page)
+    page = page.click("Next").click("Next")
+    assert "Rows 101 to 120 of 120." in text_of(page)
+    assert "Next" not in text_of(page)
+    assert "There are only 3 pages." in text_of(client.get(dataset, {"page": "9"}))
+    assert "Rows 1 to 50" in text_of(client.get(dataset, {"page": "x", "q": "w"}))
+
+
+def test_data_outlives_the_process(client, folder):
+    dataset = client.imported("people.csv", PEOPLE)
+    client.close()
+    client = Client(folder)
+    try:
+        assert client.search(dataset, "jos") == [["José", "Malmö"]]
+    finally:
+        client.close()
+
+
+def test_two_imports_at_once_both_end_well(client):
+    content = b"n,word\n" + b"".join(b"%d,w%d\n" % (n, n) for n in range(5_000))
+    first, second = client.upload("a.csv", content), client.upload("b.csv", content)
+    for page in (first, second):
+        assert "5,000 rows are stored" in text_of(client.finished(page))
+
+
+def test_file_that_is_no_csv_fails_with_a_reason_and_may_be_tried_again(client):
+    page = client.finished(client.upload("book.xlsx", b"PK\x03\x04..."))
+    assert "Excel workbook" in text_of(page)
+    page = page.click("To the dataset")
+    assert "import failed" in text_of(page)
+    again = client.press(page, page.request.path + "/import", encoding="cp1252")
+    assert "Excel workbook" in text_of(client.finished(again))
+
+
+def test_file_without_a_good_row_fails_and_names_the_first(client):
+    page = client.finished(client.upload("x.csv", b"a,b\n1\n2\n"))
+    assert "Row 2: 1 column instead of 2" in text_of(page)
+
+
+def test_upload_without_a_file_is_asked_for_one(client):
+    form = client.get("/").forms[0]
+    assert "Choose a file first." in text_of(form.submit().follow())
+
+
+@pytest.fixture
+def half_way(monkeypatch):
+    """Imports stop after their first savepoint, until they are let go."""
+    reached, go = threading.Event(), threading.Event()
+
+    def savepoint_and_stand(obj, savepoint=models.savepoint):
+        savepoint(obj)
+        reached.set()
+        assert go.wait(20)
+
+    monkeypatch.setattr(models, "savepoint", savepoint_and_stand)
+    yield reached, go
+    go.set()
+
+
+@pytest.mark.parametrize("how", ["the form", "script"])
+def test_import_cancelled_half_way_leaves_no_rows(client, folder, half_way, wait_for, how):
+    reached, go = half_way
+    page = client.press(client.get("/"), "/start/sample")
+    wait_for(reached)
+    page = client.get(page.request.path_qs)
+    assert "rows read" in text_of(page)
+    if how == "the form":
+        sid = client.url_of(page).rpartition("/")[2]
+        page = client.press(page, f"/jobs/{sid}/cancel")
+    else:
+        token = page.html.find(id="job")["data-token"]
+        answer = client.delete(
+            client.url_of(page) + "?only=cancel", headers={"X-CSRF-Token": token}
+        )
+        assert answer.json["status"] == "dismissed"
+        page = client.get(page.request.path_qs)
+    assert "was cancelled" in text_of(page)
+    dataset = page.html.find("a", string="To the dataset")["href"]
+    go.set()
+    client.close()
+    client = Client(folder)
+    try:
+        assert "import cancelled" in text_of(client.get("/"))
+        assert "This dataset has no rows" in text_of(client.get(dataset))
+        with client.stored(dataset) as stored:
+            assert (len(stored.rows), stored.segments, stored.columns) == (0, (), ())
+    finally:
+        client.close()
+
+
+def test_deleting_a_dataset_cancels_its_import(client, half_way, wait_for):
+    reached, go = half_way
+    page = client.press(client.get("/"), "/start/sample")
+    wait_for(reached)
+    dataset = client.get("/").click(href="^/datasets/").request.path
+    assert "was deleted" in text_of(client.press(client.get(dataset), dataset + "/delete"))
+    go.set()
+    assert client.get(client.url_of(page)).json["status"] == "dismissed"
+    assert "There is no such dataset" in text_of(client.get(dataset, status=404))
+
+
+def test_cancelled_count_does_not_move_the_counter(client, wait_for):
+    page = client.press(client.get("/"), "/start/count")
+    url = client.url_of(page)
+    wait_for(lambda: client.get(url).json.get("progress"))
+    sid = url.rpartition("/")[2]
+    client.press(client.get(page.request.path_qs), f"/jobs/{sid}/cancel")
+    client.app.registry.getUtility(IScheduler).executor.stop(10)
+    assert "The counter stands at 0" in text_of(client.get("/"))
+
+
+def test_count_that_ends_adds_to_the_counter(db):
+    connection = db.open()
+    connection.root()["demo"] = catalogue = Catalogue()
+    assert count_slowly(catalogue.counter, steps=3, pause=0) == 3
+
+
+def test_failure_with_a_reason_is_shown(client):
+    page = client.finished(client.press(client.get("/"), "/start/fail"))
+    assert "The oracle is closed on weekends." in text_of(page)
+
+
+def test_unexpected_failure_shows_a_number_that_is_in_the_log(client, caplog):
+    page = client.finished(client.press(client.get("/"), "/start/crash"))
+    number = page.html.find("code").text
+    assert "division" not in page.text
+    assert number in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_forms_without_their_token_are_refused(client):
+    assert "expired" in text_of(client.post("/start/count", status=400))
+    page = client.press(client.get("/"), "/start/count")
+    client.delete(client.url_of(page), status=400)
+    client.delete(client.url_of(page), headers={"X-CSRF-Token": "x" * 40}, status=400)
+    assert not client.get(client.url_of(page)).json["done"]
+
+
+def test_last_jobs_are_listed_for_their_browser_alone(client):
+    client.finished(client.press(client.get("/"), "/start/fail"))
+    assert "Fail with a reason failed" in text_of(client.get("/"))
+    client.reset()
+    assert "Your last jobs" not in text_of(client.get("/"))
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["/nothing", "/jobs/unknown", "/datasets/unknown", "/jobs/%00", "/datasets/%F0%9F%92%A9"],
+)
+def test_unknown_addresses_are_answered_with_a_page(client, address):
+    assert "Not found" in text_of(client.get(address, status=404))
+
+
+def test_query_that_is_not_utf_8_is_refused(client):
+    dataset = client.imported("people.csv", PEOPLE)
+    assert "not UTF-8" in text_of(client.get(dataset + "?q=%ff", status=400))
+
+
+EVIL = '<b onclick="x">&amp;"\'{{7*7}}'
+
+
+def test_everything_from_a_file_is_escaped(client):
+    buffer = io.StringIO()
+    csv.writer(buffer).writerows([[EVIL, "b"], [EVIL, "1"], [EVIL]])
+    page = client.finished(client.upload(f"..\\x/{EVIL}\x00\u202e.csv", buffer.getvalue().encode()))
+    assert page.html.find("h1").text == f"Import {EVIL}.csv"
+    dataset = page.click("Search the rows").request.path
+    for shown in (page, client.get(dataset), client.get(dataset, {"q": EVIL}), client.get("/")):
+        assert not shown.html.find("b")
+        assert EVIL in shown.html.text
+    page = client.finished(client.press(client.get(dataset), dataset + "/export"))
+    headers = page.click("Download it").headers
+    assert headers["Content-Disposition"] == 'attachment; filename="b_onclick_x_amp_7_7-export.csv"'
+
+
+def test_pages_forbid_foreign_script_and_do_not_tell_their_address(client):
+    headers = client.get("/").headers
+    assert "default-src 'self'" in headers["Content-Security-Policy"]
+    assert headers["Referrer-Policy"] == "same-origin"
+
+
+def test_pages_work_without_script(client):
+    page = client.press(client.get("/"), "/start/count")
+    assert 'http-equiv="refresh"' in str(page.html.find("noscript"))
+    assert page.html.find("progress")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_largest_file_is_imported_in_bounded_memory(client, folder):
+    content = b"n,hash,word\n" + b"".join(
+        b"%d,%d,word%d\n" % (n, n * 2654435761 % 2**32, n % 1000) for n in range(MAX_ROWS)
+    )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    page = client.upload("large.csv", content)
+    url = client.url_of(page)
+    while not client.get(url + "?wait=20").json["done"]:
+        pass
+    page = client.get(page.request.path_qs)
+    assert "200,000 rows are stored" in text_of(page)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 150_000 * (1 if sys.platform == "linux" else 1024)  # KiB, elsewhere bytes
+    dataset = page.click("Search the rows").request.path
+    assert client.search(dataset, "199999")[-1][0] == "199999"
+    assert "of 200 that match" in text_of(client.get(dataset, {"q": "word777"}))

@@ -1,0 +1,1072 @@
+"""The HTTP resource of jobs, through the front door."""
+
+from __future__ import annotations
+
+import re
+from uuid import uuid4
+
+import jsonschema
+import pytest
+import webapp
+import ZODB
+from pyramid.csrf import CookieCSRFStoragePolicy
+from pyramid.exceptions import ConfigurationError, URLDecodeError
+from pyramid.httpexceptions import HTTPServiceUnavailable
+from transaction.interfaces import TransientError
+from webapp import (
+    GATES,
+    KINDS,
+    ORIGIN,
+    Policy,
+    Root,
+    application,
+    as_user,
+    behind_gate,
+    browser,
+    commit_slowly,
+    echo,
+    fail,
+    fail_publicly,
+    gate,
+    kind,
+    leave_a_mark,
+    make_blob,
+    make_file,
+    nested,
+    repeat,
+    special,
+    tell,
+)
+
+from pyramid_async.documents import to_json
+from pyramid_async.scheduler import Caller, Scheduler
+
+NO_SUCH_JOB = "http://www.opengis.net/def/exceptions/ogcapi-processes-1/1.0/no-such-job"
+NOT_READY = "http://www.opengis.net/def/exceptions/ogcapi-processes-1/1.0/result-not-ready"
+RESULTS = "http://www.opengis.net/def/rel/ogc/1.0/results"
+LISTED = {"Origin": ORIGIN}
+
+# statusInfo of OGC API - Processes 1.0, and what the README promises beyond it.
+DATE_TIME = {"type": "string", "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$"}
+LINK = {
+    "type": "object",
+    "required": ["href", "rel", "type"],
+    "properties": {
+        "href": {"type": "string", "pattern": "^http://localhost/"},
+        "rel": {"enum": ["self", "monitor", RESULTS]},
+        "type": {"type": "string"},
+    },
+}
+PROBLEM = {
+    "type": "object",
+    "required": ["type", "title", "status"],
+    "properties": {
+        "type": {"type": "string"},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string"},
+        "errorID": {"type": "string"},
+    },
+    "additionalProperties": False,
+}
+STATUS_INFO = {
+    "type": "object",
+    "required": ["jobID", "status", "type", "done", "created", "updated", "links"],
+    "properties": {
+        "processID": {"type": "string"},
+        "type": {"enum": ["process"]},
+        "jobID": {"type": "string", "pattern": "^[0-9a-f]{32}$"},
+        "status": {"enum": ["accepted", "running", "successful", "failed", "dismissed"]},
+        "done": {"type": "boolean"},
+        "title": {"type": "string"},
+        "message": {"type": "string"},
+        "created": DATE_TIME,
+        "started": DATE_TIME,
+        "finished": DATE_TIME,
+        "updated": DATE_TIME,
+        "expires": DATE_TIME,
+        "progress": {"type": "integer", "minimum": 0, "maximum": 100},
+        "retryAfter": {"type": "integer", "minimum": 1, "maximum": 30},
+        "result": {},
+        "error": PROBLEM,
+        "links": {"type": "array", "items": LINK, "minItems": 1},
+    },
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(params=KINDS)
+def web(request):
+    """A client of an application of every kind."""
+    with kind(request.param) as client:
+        yield client
+
+
+@pytest.fixture
+def ram():
+    """A client of an application without any database."""
+    with browser({"async.store": "ram"}) as client:
+        yield client
+
+
+@pytest.fixture
+def at_gate():
+    """The name of a gate, which opens at the end of the test."""
+    with gate() as name:
+        yield name
+
+
+def valid(document):
+    jsonschema.validate(document, STATUS_INFO)
+    rels = [link["rel"] for link in document["links"]]
+    done = document["status"] not in {"accepted", "running"}
+    assert document["done"] is done
+    assert ("retryAfter" in document) is not done
+    assert ("monitor" in rels) is not done
+    assert ("expires" in document) is done
+    assert ("finished" in document) is done
+    assert (RESULTS in rels) is (document["status"] == "successful")
+    assert ("error" in document) is (document["status"] == "failed")
+    assert rels[0] == "self"
+    return document
+
+
+def is_problem(response, type="about:blank"):
+    assert response.content_type == "application/problem+json"
+    jsonschema.validate(response.json, PROBLEM)
+    assert response.json["status"] == response.status_code
+    assert response.json["type"] == type
+    return response.json
+
+
+def running(web, url, name):
+    """Wait until the job stands at its gate."""
+    GATES[name].reach()
+    assert web.get(url).json["status"] == "running"
+    return url
+
+
+# -- start -----------------------------------------------------------------------------
+
+
+def test_start_answers_202_with_the_document_and_where_to_look(web, at_gate):
+    response = web.start(behind_gate, at_gate, title="Nightly report")
+    url = response.headers["Location"]
+    assert re.fullmatch("http://localhost/async/[0-9a-f]{32}", url)
+    assert response.headers["Content-Location"] == url
+    assert response.headers["Link"] == f'<{url}>; rel="monitor"'
+    assert response.headers["Retry-After"] == "1"
+    document = valid(response.json)
+    assert document["status"] == "accepted"
+    assert document["title"] == "Nightly report"
+    assert document["retryAfter"] == 1
+    assert url.endswith(document["jobID"])
+
+
+def test_job_is_found_as_soon_as_the_start_was_answered(web):
+    for _ in range(20):
+        web.get(web.url(echo), status=200)
+
+
+def test_job_does_not_exist_when_the_commit_fails(web):
+    with pytest.raises(Exception, match="the vote failed"):
+        web.start(leave_a_mark, "mark", query="?conflict=9")
+    assert number_of_jobs(web) == 0
+
+
+def test_conflict_at_the_start_makes_one_job_and_no_other():
+    with kind("zodb-explicit-retry") as web:
+        url = web.start(echo, "once", query="?conflict=2").location
+        assert web.done(url)["result"] == "once"
+        assert number_of_jobs(web) == 1
+
+
+def number_of_jobs(web):
+    return len(web.scheduler.transact(lambda scheduler: scheduler.jobs()))
+
+
+def test_full_store_refuses_with_503(at_gate):
+    with browser({"async.store": "ram", "async.max_pending": "1"}) as web:
+        web.start(behind_gate, at_gate)
+        response = web.post_json("/start/echo", {}, status=503)
+        assert int(response.headers["Retry-After"]) >= 1
+        assert response.headers["Cache-Control"] == "no-store"
+        is_problem(response)
+        GATES[at_gate].opened.set()
+
+
+# -- status ----------------------------------------------------------------------------
+
+
+def test_status_is_200_and_valid_in_every_state(web, at_gate):
+    with gate() as blocker:
+        # Both workers are busy, so the next job stays accepted.
+        busy = [web.url(behind_gate, blocker) for _ in range(2)]
+        url = web.url(behind_gate, at_gate, "value")
+        assert valid(web.get(url).json)["status"] == "accepted"
+        GATES[blocker].opened.set()
+        for other in busy:
+            web.done(other)
+    running(web, url, at_gate)
+    document = valid(web.get(url).json)
+    assert document["started"] >= document["created"]
+    GATES[at_gate].opened.set()
+    document = valid(web.done(url))
+    assert (document["status"], document["progress"]) == ("successful", 100)
+    assert document["result"] == "value"
+    assert valid(web.finished(fail, "secret")[1])["status"] == "failed"
+    with gate() as other:
+        url = running(web, web.url(behind_gate, other), other)
+        assert valid(web.delete(url).json)["status"] == "dismissed"
+        document = valid(web.get(url).json)
+        assert document["status"] == "dismissed"
+
+
+def test_progress_and_message_are_shown_while_the_job_runs(web, at_gate):
+    url = running(web, web.url(tell, at_gate, 1, 3, "<b>one</b> of three"), at_gate)
+    document = valid(web.get(url).json)
+    assert document["progress"] == 33
+    assert document["message"] == "<b>one</b> of three"
+
+
+def test_estimate_of_the_job_is_the_time_to_come_again(web, at_gate):
+    # A hundredth of a millionth is done: the estimate is long, and so cut to half a minute.
+    url = web.url(tell, at_gate, 1e-8, 100)
+    response = web.get(running(web, url, at_gate))
+    assert response.headers["Retry-After"] == "30"
+    assert response.json["retryAfter"] == 30
+
+
+def test_time_to_come_again_grows_with_the_age_of_the_job(web, at_gate, monkeypatch):
+    url = running(web, web.url(behind_gate, at_gate), at_gate)
+    created = web.scheduler.transact(lambda s: s.status(url[-32:])).created
+    for age, expected in [(0, "1"), (11, "2"), (95, "10"), (9999, "30"), (-50, "1")]:
+        monkeypatch.setattr("pyramid_async.documents.time.time", lambda age=age: created + age)
+        assert web.get(url).headers["Retry-After"] == expected
+
+
+def test_finished_job_has_no_time_to_come_again(web):
+    url, document = web.finished(echo)
+    assert "Retry-After" not in web.get(url).headers
+    assert "retryAfter" not in document
+
+
+def test_head_is_get_without_a_body(web):
+    url, _ = web.finished(echo)
+    get, head = web.get(url), web.head(url)
+    assert head.body == b""
+    for header in ("ETag", "Content-Type", "Content-Length", "Cache-Control"):
+        assert head.headers[header] == get.headers[header]
+
+
+def test_tag_is_weak_and_changes_with_every_visible_change(web, at_gate):
+    with gate() as blocker:
+        busy = [web.url(behind_gate, blocker) for _ in range(2)]
+        url = web.url(tell, at_gate, 1, 2)
+        tags = [web.get(url).headers["ETag"]]
+        GATES[blocker].opened.set()
+        for other in busy:
+            web.done(other)
+    running(web, url, at_gate)
+    tags.append(web.get(url).headers["ETag"])
+    assert web.get(url).headers["ETag"] == tags[-1]
+    GATES[at_gate].opened.set()
+    web.done(url)
+    tags.append(web.get(url).headers["ETag"])
+    numbers = [int(re.fullmatch(r'W/"(\d+)"', tag)[1]) for tag in tags]
+    assert numbers == sorted(set(numbers))
+
+
+def test_known_document_is_answered_with_304(web, at_gate):
+    url = running(web, web.url(behind_gate, at_gate), at_gate)
+    tag = web.get(url).headers["ETag"]
+    for header in (tag, tag.removeprefix("W/"), f'"other", {tag}', f'{tag},"x"', "*", " * "):
+        response = web.get(url, headers={"If-None-Match": header}, status=304)
+        assert response.body == b""
+        assert response.headers["ETag"] == tag
+        assert response.headers["Retry-After"] == "1"
+        assert response.headers["Cache-Control"] == "no-store"
+
+
+def test_304_of_a_finished_job_has_no_time_to_come_again(web):
+    url, _ = web.finished(echo)
+    tag = web.get(url).headers["ETag"]
+    response = web.get(url, headers={"If-None-Match": tag}, status=304)
+    assert "Retry-After" not in response.headers
+
+
+@pytest.mark.parametrize("header", ['"other"', 'W/"1"', "nonsense", '"*"', "", "W/1048576"])
+def test_other_tags_are_answered_with_200(ram, header):
+    url, _ = ram.finished(echo)
+    ram.get(url, headers={"If-None-Match": header}, status=200)
+
+
+# -- the result inside the document -----------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [None, 0, False, "", "käse €", [], {"a": [1, 2.5, None, True]}])
+def test_small_json_is_shown_inside_the_document(web, value):
+    url, document = web.finished(echo, value)
+    assert document["result"] == value
+    assert valid(web.get(url).json)["result"] == value
+
+
+@pytest.mark.parametrize(("text", "times"), [("x", 65534), ("é", 32767)])
+def test_largest_json_is_shown_inside_the_document(web, text, times):
+    assert web.finished(repeat, text, times)[1]["result"] == text * times
+
+
+@pytest.mark.parametrize(("text", "times"), [("x", 65535), ("é", 32768)])
+def test_larger_json_is_only_linked(web, text, times):
+    url, document = web.finished(repeat, text, times)
+    assert "result" not in document
+    assert web.get(url + "/results").json == text * times
+
+
+def test_limit_of_what_is_shown_inside_is_a_setting():
+    with browser({"async.inline_limit": "4"}) as web:
+        assert web.finished(echo, "é")[1]["result"] == "é"
+        assert "result" not in web.finished(echo, "éé")[1]
+
+
+@pytest.mark.parametrize("what", ["nan", "huge integer", "bytes", "set", "key", "class"])
+def test_what_is_not_json_is_not_shown(web, what):
+    url, document = web.finished(special, what)
+    assert document["status"] == "successful"
+    assert "result" not in document
+    assert web.get(url + "/results", status=204).body == b""
+
+
+def test_result_nested_deeper_than_python_can_write_is_not_json():
+    assert to_json(nested(100_000)) is None
+
+
+def test_result_nested_less_deep_is_shown(web):
+    assert str(web.finished(special, "rather deep")[1]["result"]).count("[") == 101
+
+
+def test_half_a_surrogate_pair_is_shown_as_an_escape(web):
+    url, document = web.finished(special, "half a surrogate pair")
+    assert document["result"] == "\ud800"
+    assert web.get(url + "/results").body == b'"\\ud800"'
+
+
+def test_document_of_a_strange_title_and_message_is_still_json(web, at_gate):
+    text = "\ud800 \x00 \u2028 \"' </script>"
+    url = running(web, web.url(tell, at_gate, 1, 2, text, title=text), at_gate)
+    document = valid(web.get(url).json)
+    assert document["title"] == document["message"] == text
+
+
+# -- results ---------------------------------------------------------------------------
+
+
+def test_results_are_the_bare_json(web):
+    url, document = web.finished(echo, {"a": "é"})
+    response = web.get(url + "/results", status=200)
+    assert response.headers["Content-Type"] == "application/json"
+    assert response.body == '{"a":"é"}'.encode()
+    link = document["links"][-1]
+    assert (link["href"], link["type"]) == (url + "/results", "application/json")
+
+
+def test_nothing_to_give_is_204(web):
+    url, document = web.finished(echo, None)
+    assert document["result"] is None
+    response = web.get(url + "/results", status=204)
+    assert response.headers["Cache-Control"] == "no-store"
+
+
+def test_bytes_are_served_as_an_attachment(web):
+    url, document = web.finished(make_file, "a;b\n")
+    assert "result" not in document
+    assert document["links"][-1]["type"] == "text/csv"
+    response = web.get(url + "/results", status=200)
+    assert response.body == b"a;b\n"
+    assert response.headers["Content-Type"] == "text/csv"
+    assert response.headers["Content-Disposition"] == 'attachment; filename="table.csv"'
+    assert response.headers["X-Content-Type-Options"] == "nosniff"
+    head = web.head(url + "/results", status=200)
+    assert (head.headers["Content-Length"], head.body) == ("4", b"")
+
+
+def test_blob_is_streamed_as_an_attachment(tmp_path):
+    uri = f"file://{tmp_path}/data.fs?blobstorage_dir={tmp_path}/blobs"
+    with browser(zodb=uri) as web:
+        url, document = web.finished(make_blob, "a;b\n", 100_000, "text/csv; charset=utf-8")
+        assert document["links"][-1]["type"] == "text/csv; charset=utf-8"
+        response = web.get(url + "/results", status=200)
+        assert response.body == b"a;b\n" * 100_000
+        assert response.headers["Content-Length"] == "400000"
+        assert response.headers["Content-Type"] == "text/csv; charset=utf-8"
+        assert web.head(url + "/results", status=200).body == b""
+        web.delete(url)
+        web.get(url + "/results", status=404)
+
+
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [
+        (None, "attachment"),
+        ("", "attachment"),
+        ("a b.txt", 'attachment; filename="a b.txt"'),
+        ("naïve €.txt", "attachment; filename=\"na_ve _.txt\"; filename*=UTF-8''"
+         "na%C3%AFve%20%E2%82%AC.txt"),
+        ('x"; filename="evil.exe', "attachment; filename=\"x_; filename=_evil.exe\"; filename*="
+         "UTF-8''x%22%3B%20filename%3D%22evil.exe"),
+        ("a\r\nSet-Cookie: x=1", 'attachment; filename="aSet-Cookie: x=1"'),
+        ("../../etc/passwd", 'attachment; filename="passwd"'),
+        ("C:\\temp\\x.txt", 'attachment; filename="x.txt"'),
+        ("50%.txt", "attachment; filename=\"50_.txt\"; filename*=UTF-8''50%25.txt"),
+        ("..", "attachment"),
+        ("\ud800x", 'attachment; filename="x"'),
+    ],
+)  # fmt: skip
+def test_file_name_cannot_break_out_of_its_header(ram, name, header):
+    url, _ = ram.finished(make_file, "x", "text/plain", name)
+    assert ram.get(url + "/results").headers["Content-Disposition"] == header
+
+
+@pytest.mark.parametrize(
+    "media_type", ["text/html\r\nX-Evil: 1", "text", "", None, 7, "text/plain;\n", "é/x", "a/b; c"]
+)
+def test_media_type_that_is_none_becomes_the_one_that_says_nothing(ram, media_type):
+    url, document = ram.finished(make_file, "x", media_type)
+    response = ram.get(url + "/results")
+    assert response.headers["Content-Type"] == "application/octet-stream"
+    assert "X-Evil" not in response.headers
+    assert document["links"][-1]["type"] == "application/octet-stream"
+
+
+def test_results_of_an_unfinished_job_are_a_404_that_says_when(web, at_gate):
+    url = running(web, web.url(behind_gate, at_gate), at_gate)
+    response = web.get(url + "/results", status=404)
+    is_problem(response, NOT_READY)
+    assert response.headers["Retry-After"] == "1"
+
+
+def test_results_of_a_failed_job_are_its_problem(web):
+    url, document = web.finished(fail, "secret")
+    response = web.get(url + "/results", status=500)
+    assert is_problem(response, document["error"]["type"]) == document["error"]
+
+
+def test_results_of_a_dismissed_job_never_come(web, at_gate):
+    url = running(web, web.url(behind_gate, at_gate), at_gate)
+    web.delete(url)
+    response = web.get(url + "/results", status=404)
+    assert is_problem(response, response.json["type"])["type"] not in {NOT_READY, NO_SUCH_JOB}
+    assert "Retry-After" not in response.headers
+
+
+def test_job_whose_result_cannot_be_loaded_is_seen_and_removed_still(monkeypatch, caplog):
+    with kind("zodb-explicit-retry") as web:
+        url, _ = web.finished(special, "of a class that goes")
+        monkeypatch.delattr(webapp, "Leaving")
+        document = valid(web.get(url, status=200).json)
+        assert document["status"] == "successful"
+        response = web.get(url + "/results", status=500)
+        assert is_problem(response, response.json["type"])["title"].startswith("The result")
+        assert "Leaving" not in response.text
+        assert url[-32:] in caplog.text
+        assert web.delete(url, status=200).json == document
+        web.get(url, status=404)
+
+
+# -- errors ----------------------------------------------------------------------------
+
+
+def test_failure_shows_an_id_that_is_in_the_log_and_nothing_else(web, caplog, wait_for):
+    url, document = web.finished(fail, "the secret")
+    error = document["error"]
+    assert set(error) == {"type", "title", "status", "errorID"}
+    assert error["title"] == "The operation failed."
+    wait_for(lambda: error["errorID"] in caplog.text)  # it is logged after its commit
+    for response in (web.get(url), web.get(url + "/results", status=500)):
+        for leak in ("secret", "ZeroDivision", "Traceback", "webapp"):
+            assert leak not in response.text
+
+
+def test_text_of_a_public_failure_is_shown(web):
+    _, document = web.finished(fail_publicly, "The file is not a table.")
+    assert document["error"]["detail"] == "The file is not a table."
+    assert "errorID" in document["error"]
+
+
+def requests_for(web, sid):
+    """Yield a response of each kind for a job that the asker cannot have."""
+    yield web.get(f"/async/{sid}", status=404)
+    yield web.get(f"/async/{sid}?wait=5", status=404)
+    yield web.get(f"/async/{sid}", headers={"Prefer": "wait=5"}, status=404)
+    yield web.get(f"/async/{sid}", headers={"If-None-Match": "*"}, status=404)
+    yield web.get(f"/async/{sid}/results", status=404)
+    yield web.delete(f"/async/{sid}", status=404)
+    yield web.delete(f"/async/{sid}?only=cancel", status=404)
+    yield web.get(f"/async/{sid}", headers={"X-User": "mallory"}, status=404)
+
+
+def test_every_404_is_the_same_to_the_byte(web, at_gate):
+    removed, _ = web.finished(echo)
+    web.delete(removed)
+    expired = web.url(echo, result_timeout=0)
+    web.get(expired + "?wait=5", status=404)
+    foreign = web.url(behind_gate, at_gate, user="alice")
+    foreign_done, _ = web.finished(fail, "secret", user="alice")
+    sids = [url[-32:] for url in (removed, expired, foreign, foreign_done)]
+    sids += [uuid4().hex, "x", "%00", "-1", "a" * 5000, "%C3%A9", "%0d%0aX:1", "rpcx", ".."]
+    seen = {
+        (response.status, tuple(response.headerlist), response.body)
+        for sid in sids
+        for response in requests_for(web, sid)
+    }
+    assert len(seen) == 1
+    assert set(is_problem(web.get(removed, status=404), NO_SUCH_JOB)) == {"type", "title", "status"}
+    assert web.get(foreign, headers=as_user("alice")).json["status"] in {"accepted", "running"}
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "TRACE"])
+@pytest.mark.parametrize("path", ["/async/x", "/async/x/results"])
+def test_other_methods_are_405_and_told_what_is_allowed(web, method, path):
+    response = web.request(path, method=method, status=405)
+    allowed = "GET, HEAD, OPTIONS" if "results" in path else "GET, HEAD, DELETE, OPTIONS"
+    assert response.headers["Allow"] == allowed
+    is_problem(response)
+
+
+def test_results_cannot_be_deleted(web):
+    url, _ = web.finished(echo)
+    web.delete(url + "/results", status=405)
+    web.get(url, status=200)
+
+
+@pytest.mark.parametrize(
+    "query", ["wait=", "wait=x", "wait=-1", "wait=1.5", "wait=%D9%A3", "wait=%ff"]
+)
+def test_malformed_wait_is_400_whether_the_job_exists_or_not(ram, query):
+    url, _ = ram.finished(echo)
+    for target in (url, url + "/results", "/async/unknown"):
+        response = ram.get(f"{target}?{query}", status="*")
+        assert response.status_code == (404 if target == "/async/unknown" else 400)
+        is_problem(response, response.json["type"])
+
+
+def test_malformed_only_is_400_whether_the_job_exists_or_not(web):
+    url, _ = web.finished(echo)
+    for target in (url, "/async/unknown"):
+        for query in ("only=", "only=remove", "only=cancel&only=x", "only=%ff"):
+            is_problem(web.delete(f"{target}?{query}", status=400))
+    web.get(url, status=200)
+
+
+# -- cancel and remove -------------------------------------------------------------------
+
+
+def test_delete_dismisses_a_running_job_and_its_effects_never_come(tmp_path, at_gate):
+    for name in KINDS:
+        with kind(name) as web, gate() as barrier:
+            url = web.url(commit_slowly, barrier, "tpc_begin", "mark")
+            GATES[barrier].reach()
+            document = valid(web.delete(url, status=200).json)
+            assert document["status"] == "dismissed"
+            GATES[barrier].opened.set()
+            web.finished(echo)  # by the other worker
+            assert web.get(url).json["status"] == "dismissed"
+            web.scheduler.executor.stop(5)
+            with web.databases[""].transaction() as connection:
+                assert "mark" not in connection.root()
+
+
+def test_delete_dismisses_an_accepted_job_which_never_starts(web, at_gate):
+    with gate() as blocker:
+        busy = [web.url(behind_gate, blocker) for _ in range(2)]
+        url = web.url(behind_gate, at_gate)
+        assert web.delete(url).json["status"] == "dismissed"
+        GATES[blocker].opened.set()
+        for other in busy:
+            web.done(other)
+    web.finished(echo)
+    assert not GATES[at_gate].reached.is_set()
+
+
+@pytest.mark.parametrize(("job", "status"), [(echo, "successful"), (fail, "failed")])
+def test_delete_removes_a_finished_job_and_shows_its_last_document(web, job, status):
+    url, last = web.finished(job, "value")
+    document = valid(web.delete(url, status=200).json)
+    assert document == last
+    assert document["status"] == status
+    web.get(url, status=404)
+    web.delete(url, status=404)
+
+
+def test_delete_removes_a_dismissed_job(web, at_gate):
+    url = running(web, web.url(behind_gate, at_gate), at_gate)
+    web.delete(url)
+    assert valid(web.delete(url).json)["status"] == "dismissed"
+    web.get(url, status=404)
+
+
+def test_only_cancel_leaves_a_finished_job_alone(web, at_gate):
+    url, last = web.finished(echo, "value")
+    assert valid(web.delete(url + "?only=cancel", status=409).json) == last
+    assert web.get(url, status=200).json == last
+    url = running(web, web.url(behind_gate, at_gate), at_gate)
+    assert web.delete(url + "?only=cancel", status=200).json["status"] == "dismissed"
+    assert web.delete(url + "?only=cancel", status=409).json["status"] == "dismissed"
+
+
+def test_job_that_vanishes_between_two_looks_is_404(web, monkeypatch):
+    url, _ = web.finished(echo)
+    monkeypatch.setattr(Scheduler, "outcome", lambda scheduler, sid: None)
+    for answer in (
+        web.get(url, status=404),
+        web.get(url + "/results", status=404),
+        web.delete(url, status=404),
+    ):
+        is_problem(answer, NO_SUCH_JOB)
+
+
+# -- who may see a job -----------------------------------------------------------------
+
+
+def test_owner_and_manager_see_a_job_and_nobody_else_does(web):
+    url, _ = web.finished(echo, "mine", user="alice")
+    for user, status in [("alice", 200), ("admin", 200), ("bob", 404), (None, 404)]:
+        web.get(url, headers=as_user(user), status=status)
+        web.get(url + "/results", headers=as_user(user), status=status)
+    for user in ("bob", None):
+        web.delete(url, headers=as_user(user), status=404)
+    web.delete(url, headers=as_user("admin"), status=200)
+    web.get(url, headers=as_user("alice"), status=404)
+
+
+def test_job_of_nobody_is_seen_by_whoever_has_its_id(web):
+    url, _ = web.finished(echo)
+    for user in (None, "alice", "admin"):
+        web.get(url, headers=as_user(user), status=200)
+
+
+def test_default_permission_of_the_application_does_not_count():
+    with browser(routes=lambda config: config.set_default_permission("nobody has it")) as web:
+        url, _ = web.finished(echo)
+        web.get(url, status=200)
+        web.post(url, status=405)
+        web.get("/async/unknown", status=404)
+        web.delete(url, status=200)
+
+
+def test_root_of_the_application_is_made_for_strangers_alone(web):
+    url, _ = web.finished(echo, user="alice")
+    made = Root.made
+    web.get(url, headers=as_user("alice"))
+    web.get("/async/unknown", headers=as_user("bob"), status=404)
+    assert Root.made == made
+    web.get(url, headers=as_user("bob"), status=404)
+    assert Root.made == made + 1
+
+
+def test_root_that_fails_is_a_no_and_is_logged(web, caplog):
+    url, _ = web.finished(echo, user="alice")
+    known = web.get(url, headers={"X-User": "bob", "X-Root": "broken"}, status=404)
+    unknown = web.get("/async/x", headers={"X-User": "bob", "X-Root": "broken"}, status=404)
+    assert known.body == unknown.body
+    assert "the root of all evil" in caplog.text
+
+
+def test_without_a_security_policy_an_owned_job_is_nobodys():
+    with browser(policy=False) as web:
+        sid = web.scheduler.transact(lambda s: s.bind(s._tm, Caller(owner="a")).schedule(echo))
+        web.get(f"/async/{sid}", status=404)
+        web.get(web.url(echo), status=200)
+
+
+# -- the list ------------------------------------------------------------------------------
+
+
+def listed(web, query="", user="alice", status=200):
+    return web.get(f"/async{query}", headers=as_user(user), status=status)
+
+
+def sids(response):
+    return [job["jobID"] for job in response.json["jobs"]]
+
+
+def test_list_has_the_own_jobs_newest_first_and_without_results(web):
+    urls = [web.finished(echo, number, user="alice")[0] for number in range(3)]
+    web.finished(echo, user="bob")
+    web.finished(echo)
+    response = listed(web)
+    assert sids(response) == [url[-32:] for url in reversed(urls)]
+    for job in response.json["jobs"]:
+        assert "result" not in valid(job)
+    href = "http://localhost/async"
+    assert response.json["links"] == [{"href": href, "rel": "self", "type": "application/json"}]
+    assert response.headers["Cache-Control"] == "no-store"
+    assert web.head("/async", headers=as_user("alice"), status=200).body == b""
+
+
+def test_list_of_nobody_is_404(web):
+    web.finished(echo)
+    is_problem(listed(web, user=None, status=404))
+    assert sids(listed(web, user="admin")) == []
+
+
+def test_list_comes_in_pages(web):
+    everything = [web.finished(echo, user="alice")[0][-32:] for _ in range(12)][::-1]
+    first = listed(web)
+    assert sids(first) == everything[:10]
+    href = first.json["links"][1]["href"]
+    assert first.json["links"][1]["rel"] == "next"
+    second = web.get(href, headers=as_user("alice"))
+    assert sids(second) == everything[10:]
+    assert second.json["links"] == [{**first.json["links"][1], "rel": "self"}]
+    found, href = [], "http://localhost/async?limit=5&status=successful&status=failed"
+    while href:
+        response = web.get(href, headers=as_user("alice"))
+        found += sids(response)
+        href = next((x["href"] for x in response.json["links"] if x["rel"] == "next"), None)
+    assert found == everything
+
+
+def test_pages_neither_repeat_nor_miss_a_job_when_others_come_and_go(web):
+    everything = [web.finished(echo, user="alice")[0][-32:] for _ in range(4)][::-1]
+    first = listed(web, "?limit=2")
+    web.finished(echo, user="alice")
+    web.delete(f"/async/{everything[1]}", headers=as_user("alice"))
+    second = web.get(first.json["links"][1]["href"], headers=as_user("alice"))
+    assert sids(second) == everything[2:]
+
+
+def test_list_shows_the_wanted_statuses(web, at_gate):
+    good, bad = (web.finished(job, "x", user="alice")[0][-32:] for job in (echo, fail))
+    url = web.url(behind_gate, at_gate, user="alice")
+    GATES[at_gate].reach()
+    assert sids(listed(web, "?status=failed")) == [bad]
+    assert sids(listed(web, "?status=failed&status=successful")) == [bad, good]
+    assert sids(listed(web, "?status=running")) == [url[-32:]]
+    assert sids(listed(web, "?status=dismissed")) == []
+
+
+def test_list_has_a_hundred_jobs_a_page_at_most():
+    with browser({"async.store": "ram", "async.workers": "0"}) as web:
+        for _ in range(101):
+            web.start(echo, user="alice")
+        for limit, number in [("1", 1), ("99", 99), ("101", 100), ("9" * 5000, 100)]:
+            assert len(sids(listed(web, f"?limit={limit}"))) == number
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["limit=", "limit=0", "limit=-1", "limit=x", "limit=1&limit=x", "limit=1.5", "status=",
+     "status=done", "status=running&status=x", "cursor=", "cursor=x", "cursor=W10=",
+     "cursor=WzEsMl0", "cursor=bnVsbA==", "cursor=W251bGwsICJ4Il0=", "cursor=%ff", "cursor=%C3%A9"],
+)  # fmt: skip
+def test_malformed_parameters_of_the_list_are_400(ram, query):
+    is_problem(listed(ram, f"?{query}", status=400))
+
+
+# -- every answer ------------------------------------------------------------------------
+
+
+def answers(web, name):
+    """Yield an answer of every status that the routes have."""
+    url, _ = web.finished(echo, "x")
+    tag = web.get(url, headers=LISTED).headers["ETag"]
+    yield web.get(url, headers=LISTED, status=200)
+    yield web.head(url, headers=LISTED, status=200)
+    yield web.get(url, headers={**LISTED, "If-None-Match": tag}, status=304)
+    yield web.get(url + "?wait=x", headers=LISTED, status=400)
+    yield web.get("/async/unknown", headers=LISTED, status=404)
+    yield web.post("/async/unknown", headers=LISTED, status=405)
+    yield web.delete(url + "?only=cancel", headers=LISTED, status=409)
+    yield web.get(web.finished(echo)[0] + "/results", headers=LISTED, status=204)
+    yield web.get(web.finished(fail, "x")[0] + "/results", headers=LISTED, status=500)
+    yield web.get(running(web, web.url(behind_gate, name), name) + "/results", headers=LISTED,
+                  status=404)  # fmt: skip
+    # What the security policy raises is raised above the router, by pyramid_tm's tween.
+    yield web.get(url, headers={**LISTED, "X-User": "broken"}, status=500)
+    yield web.get(url, headers={**LISTED, "X-User": "expired"}, status=401)
+    yield web.delete(url, headers=LISTED, status=200)
+
+
+def test_every_answer_is_kept_out_of_caches_and_readable_by_listed_origins(web, at_gate):
+    for response in answers(web, at_gate):
+        headers = response.headers
+        assert headers["Cache-Control"] == "no-store", response
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Vary"] == "Origin"
+        assert headers["Access-Control-Allow-Origin"] == ORIGIN
+        assert "Access-Control-Allow-Credentials" not in headers
+        assert headers["Access-Control-Expose-Headers"] == (
+            "Location, Content-Location, Retry-After, ETag, Link, Preference-Applied, Allow,"
+            " WWW-Authenticate"
+        )
+        if response.status_code >= 400 and response.status_code != 409:
+            assert response.content_type == "application/problem+json"
+
+
+def test_defect_is_a_500_that_tells_an_id_alone(web, caplog):
+    response = web.get("/async/x", headers=as_user("broken"), status=500)
+    assert is_problem(response)["errorID"] in caplog.text
+    assert "secret" not in response.text
+    assert "secret of the policy" in caplog.text
+
+
+def test_refusal_of_the_policy_keeps_its_challenge(web):
+    response = web.get("/async/x", headers=as_user("expired"), status=401)
+    is_problem(response)
+    assert response.headers["WWW-Authenticate"] == 'Bearer realm="x"'
+
+
+def test_defect_behind_the_router_is_a_500_too(web, monkeypatch, caplog):
+    def broken(*args):
+        raise RuntimeError("the secret")
+
+    url = web.url(echo)
+    monkeypatch.setattr(web.scheduler.store, "table", broken)
+    response = web.get(url, headers=LISTED, status=500)
+    monkeypatch.undo()
+    assert is_problem(response)["errorID"] in caplog.text
+    assert "secret" not in response.text
+    assert response.headers["Access-Control-Allow-Origin"] == ORIGIN
+
+
+def test_database_out_of_reach_is_a_503_that_says_when(web, monkeypatch):
+    def out_of_reach(*args):
+        raise TransientError("disconnected")
+
+    url, _ = web.finished(echo)
+    for owner, name in [(web.scheduler.store, "table"), (Scheduler, "outcome")]:
+        monkeypatch.setattr(owner, name, out_of_reach)
+        response = web.get(url, status=503)
+        monkeypatch.undo()
+        is_problem(response)
+        assert response.headers["Retry-After"] == "1"
+
+
+def test_answer_of_a_tween_above_the_router_is_marked_too():
+    def routes(config):
+        config.add_tween("test_http.turn_away_factory", under="pyramid_async.cors.Tween")
+
+    with browser(routes=routes) as web:
+        response = web.get("/async/x", headers={**LISTED, "X-Turn-Away": "1"}, status=503)
+        assert response.headers["Cache-Control"] == "no-store"
+        assert response.headers["Access-Control-Allow-Origin"] == ORIGIN
+        response = web.get("/hello", headers={**LISTED, "X-Turn-Away": "1"}, status=503)
+        assert "Access-Control-Allow-Origin" not in response.headers
+
+
+def turn_away_factory(handler, registry):
+    def tween(request):
+        if "X-Turn-Away" in request.headers:
+            return HTTPServiceUnavailable()
+        return handler(request)
+
+    return tween
+
+
+def test_other_routes_of_the_application_are_left_alone(web):
+    for path, status in [("/hello", 200), ("/nowhere", 404)]:
+        headers = web.get(path, headers=LISTED, status=status).headers
+        assert not {"Cache-Control", "Vary", "Access-Control-Allow-Origin"} & set(headers)
+    with pytest.raises(RuntimeError, match="secret of the policy"):
+        web.get("/hello", headers=as_user("broken"))
+
+
+# -- CSRF ------------------------------------------------------------------------------
+
+
+def with_csrf(config):
+    config.set_csrf_storage_policy(CookieCSRFStoragePolicy())
+    config.set_default_csrf_options(require_csrf=True)
+
+
+def test_csrf_is_checked_as_the_application_has_it():
+    with browser(routes=with_csrf) as web:
+        sid = web.scheduler.transact(lambda s: s.schedule(echo))
+        web.get(f"/async/{sid}?wait=5", status=200)
+        response = web.delete(f"/async/{sid}", headers=LISTED, status=400)
+        is_problem(response)
+        assert response.headers["Access-Control-Allow-Origin"] == ORIGIN
+        assert response.headers["Cache-Control"] == "no-store"
+        web.get(f"/async/{sid}", status=200)
+        token = web.cookies["csrf_token"]
+        web.delete(f"/async/{sid}", headers={"X-CSRF-Token": token}, status=200)
+        # Says what is wrong, rather than that a token is missing.
+        web.post(f"/async/{sid}", status=405)
+
+
+# -- CORS ------------------------------------------------------------------------------
+
+
+def preflight(web, path, method="GET", origin=ORIGIN, headers=None, status=204):
+    asked = {"Access-Control-Request-Method": method}
+    if origin:
+        asked["Origin"] = origin
+    if headers:
+        asked["Access-Control-Request-Headers"] = headers
+    return web.options(path, headers=asked, status=status)
+
+
+def cors(response):
+    prefix = "Access-Control-"
+    found = {name: value for name, value in response.headers.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): value for name, value in found.items()}
+
+
+def test_preflight_allows_a_listed_origin(web):
+    response = preflight(web, "/async/x", "DELETE", headers="prefer, if-none-match")
+    assert response.headers["Allow"] == "GET, HEAD, DELETE, OPTIONS"
+    assert response.headers["Vary"] == "Origin"
+    assert response.headers["Cache-Control"] == "no-store"
+    assert cors(response) == {
+        "Allow-Origin": ORIGIN,
+        "Allow-Methods": "GET, HEAD, DELETE, OPTIONS",
+        "Allow-Headers": "prefer, if-none-match",
+        "Max-Age": "7200",
+    }
+
+
+@pytest.mark.parametrize("names", [None, "a b", "x\x00y", ",,", "é"])
+def test_preflight_without_proper_header_names_allows_the_usual_ones(ram, names):
+    response = preflight(ram, "/async/x", headers=names)
+    assert "If-None-Match" in cors(response)["Allow-Headers"]
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["https://evil.example.org", "http://app.example.org", "https://app.example.org:8443",
+     "https://app.example.org.evil.com", "HTTPS://APP.EXAMPLE.ORG", "null", "*", None],
+)  # fmt: skip
+def test_unlisted_origin_gets_no_cors_header(web, origin):
+    response = preflight(web, "/async/x", origin=origin)
+    assert response.headers["Allow"] == "GET, HEAD, DELETE, OPTIONS"
+    assert cors(response) == {}
+    assert response.headers["Vary"] == "Origin"
+    answer = web.get("/async/x", headers={"Origin": origin} if origin else {}, status=404)
+    assert cors(answer) == {}
+    assert answer.headers["Vary"] == "Origin"
+
+
+def test_preflight_asks_neither_policy_nor_database_nor_for_the_job(web, at_gate, monkeypatch):
+    url = web.url(behind_gate, at_gate, user="alice")
+    asked, made = Policy.asked, Root.made
+    monkeypatch.setattr(ZODB.DB, "open", None)
+    monkeypatch.setattr(web.scheduler.store, "table", None)
+    answers = [preflight(web, target, "DELETE") for target in (url, "/async/unknown")]
+    monkeypatch.undo()
+    assert answers[0].headerlist == answers[1].headerlist
+    assert (Policy.asked, Root.made) == (asked, made)
+
+
+def test_plain_options_says_what_is_allowed(web):
+    response = web.options("/async/x/results", status=204)
+    assert response.headers["Allow"] == "GET, HEAD, OPTIONS"
+    assert cors(response) == {}
+
+
+def test_credentials_are_allowed_where_they_are_configured():
+    settings = {"async.cors.credentials": "true", "async.cors.origins": f"{ORIGIN} null"}
+    with browser(settings) as web:
+        for origin in (ORIGIN, "null"):
+            answers = [preflight(web, "/async/x", origin=origin)]
+            answers.append(web.get("/async/x", headers={"Origin": origin}, status=404))
+            for response in answers:
+                assert cors(response)["Allow-Origin"] == origin
+                assert cors(response)["Allow-Credentials"] == "true"
+        assert cors(web.get("/async/x", headers={"Origin": "http://x"}, status=404)) == {}
+
+
+def test_star_allows_every_origin_but_null():
+    with browser({"async.cors.origins": "*"}) as web:
+        response = web.get("/async/x", headers={"Origin": "http://anything"}, status=404)
+        assert cors(response)["Allow-Origin"] == "*"
+        assert response.headers["Vary"] == "Origin"
+        assert cors(web.get("/async/x", headers={"Origin": "null"}, status=404)) == {}
+        assert cors(web.get("/async/x", status=404)) == {}
+
+
+def test_without_configured_origins_nothing_varies():
+    with browser({"async.cors.origins": ""}) as web:
+        response = web.get("/async/x", headers=LISTED, status=404)
+        assert "Vary" not in response.headers
+        assert cors(response) == {}
+        assert preflight(web, "/async/x").headers["Allow"]
+
+
+@pytest.mark.parametrize(
+    "origins", ["https://a.org/", "https://a.org/path", "a.org", "HTTPS://a.org", "https://*.a.org"]
+)
+def test_origin_that_is_none_stops_the_start(origins):
+    with pytest.raises(ConfigurationError, match=r"async\.cors\.origins"):
+        application({"async.cors.origins": origins})
+
+
+def test_star_with_credentials_stops_the_start():
+    with pytest.raises(ConfigurationError, match=r"async\.cors\.origins"):
+        application({"async.cors.origins": "*", "async.cors.credentials": "true"})
+
+
+def with_cors(config):
+    config.add_async_cors("start")
+    config.add_route("only_post", "/only-post", request_method="POST")
+    config.add_view(lambda request: {}, route_name="only_post", renderer="json")
+    config.add_async_cors("only_post", methods=("POST", "PUT"))
+    with_csrf(config)
+
+
+def test_start_route_of_the_application_is_served_by_the_same_helper():
+    with browser(routes=with_cors) as web:
+        response = preflight(web, "/start/echo", "POST", headers="content-type")
+        assert cors(response)["Allow-Methods"] == response.headers["Allow"] == "POST, OPTIONS"
+        response = preflight(web, "/only-post", "POST")
+        assert response.headers["Allow"] == "POST, PUT, OPTIONS"
+        answer = web.post_json("/start/echo", {}, headers=LISTED, status=400)
+        assert cors(answer)["Allow-Origin"] == ORIGIN
+        assert "Retry-After" in cors(answer)["Expose-Headers"]
+        # Not a preflight, and no job route: the application's own business.
+        web.options("/start/echo", status=404)
+
+
+def test_cors_for_a_route_that_is_missing_stops_the_start():
+    with pytest.raises(ConfigurationError, match="missing"):
+        application(routes=lambda config: config.add_async_cors("missing"))
+
+
+def test_cors_twice_for_a_route_is_a_conflict():
+    def routes(config):
+        config.add_async_cors("hello")
+        config.add_async_cors("hello", methods=("PUT",))
+
+    with pytest.raises(ConfigurationError, match="hello"):
+        application(routes=routes)
+
+
+# -- routes ----------------------------------------------------------------------------
+
+
+def test_prefix_of_the_include_takes_the_place_of_async():
+    with browser(prefix="/api/jobs") as web:
+        url = web.url(echo, "x")
+        assert url.startswith("http://localhost/api/jobs/")
+        assert web.done(url)["result"] == "x"
+        assert web.get("/async/x", status=404).content_type != "application/problem+json"
+
+
+@pytest.mark.parametrize("name", ["rpc", "client.js", "openapi.json"])
+def test_names_below_the_prefix_are_no_sids(ram, name):
+    route = ram.app.routes_mapper(ram.app.request_factory.blank(f"/async/{name}"))["route"]
+    assert route is None or route.name != "async.status"
+    ram.get(f"/async/{name}x", status=404).json  # noqa: B018 - an unknown job
+
+
+def test_path_that_is_not_utf8_is_left_to_pyramid(ram):
+    for ask in (ram.get, ram.options):
+        with pytest.raises(URLDecodeError):
+            ask("/async/%ff")
+
+
+def test_script_name_and_host_are_in_the_links():
+    with browser() as web:
+        environ = {"SCRIPT_NAME": "/app", "HTTP_HOST": "example.org", "wsgi.url_scheme": "https"}
+        response = web.post_json("/start/echo", {}, extra_environ=environ)
+        assert response.location.startswith("https://example.org/app/async/")

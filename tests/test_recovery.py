@@ -1,0 +1,838 @@
+"""Jobs that nobody runs or nobody received; signs of life; expiry; bad records."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from collections import defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+import transaction
+from bare import ROOT, Clock, Process, memory, process, store_of, together
+from persistent import Persistent
+from persistent.mapping import PersistentMapping
+from webapp import GATES, gate
+
+from pyramid_async import current_job
+from pyramid_async.interfaces import JobDismissed
+from pyramid_async.recovery import ARCHIVE_AFTER
+from pyramid_async.scheduler import Scheduler, executor_for
+from pyramid_async.worker import Worker
+from pyramid_async.zodb import BATCH, HAUNTED, ZodbStore
+
+CALLS = defaultdict(list)
+LEASE = 60.0
+
+
+@pytest.fixture
+def db():
+    yield from memory()
+
+
+@pytest.fixture
+def key():
+    name = uuid4().hex
+    yield name
+    CALLS.pop(name, None)
+
+
+@pytest.fixture
+def at():
+    with gate() as name:
+        yield name
+
+
+def note(key, value=None):
+    CALLS[key].append(current_job().attempt)
+    return value
+
+
+def count_behind_gate(root, key, name):
+    CALLS[key].append(current_job().attempt)
+    root["n"] = root.get("n", 0) + 1
+    GATES[name].pass_through()
+
+
+def tell_and_wait(name, percent):
+    current_job().progress(percent, 100, "half way")
+    GATES[name].pass_through()
+
+
+def check_until_told(name, key):
+    GATES[name].reached.set()
+    try:
+        while True:
+            current_job().check()
+            GATES[name].opened.wait(0.005)
+    except BaseException as error:
+        CALLS[key].append(error)
+        raise
+
+
+class Shared(ZodbStore):
+    """Of a storage that several processes share, as far as anybody can tell."""
+
+    exclusive = False
+
+
+class Machines:
+    """Several processes on one database, which share a clock that the test moves."""
+
+    def __init__(self, db):
+        self.db = db
+        self.monotonic = Clock(0.0)
+        self.clock = Clock()
+        self.made = []
+
+    def process(self, workers=1):
+        store = Shared(self.db, clock=self.clock)
+        store.install()
+        made = Process(store, self.db, workers, monotonic=self.monotonic, lease=LEASE)
+        made.executor.start()
+        self.made.append(made)
+        return made
+
+    def pass_time(self, seconds):
+        self.monotonic.now += seconds
+        self.clock.now += seconds
+
+    def close(self):
+        for made in self.made:
+            made.stop()
+        for made in self.made:
+            for thread in made.executor.threads:
+                thread.join(10)
+
+
+@pytest.fixture
+def machines(db):
+    made = Machines(db)
+    yield made
+    for each in list(GATES.values()):
+        each.opened.set()
+    made.close()
+
+
+@contextmanager
+def frozen(process, key, at, f=count_behind_gate):
+    """A job of a process that stands still: it shows no more signs of life."""
+    sid = process.schedule(f, ROOT, key, at)
+    GATES[at].reach()
+    process.recovery.beat()
+    yield sid
+    GATES[at].opened.set()
+
+
+def read_signs(process):
+    """Return what the signs of life say: process -> (beat, sids that it lists)."""
+    with process.transaction() as (table, _):
+        return {name: (s.beat, set(s.running)) for name, s in table.root.signs.items()}
+
+
+# -- jobs that nobody received -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["ram", "zodb"])
+def test_job_whose_hook_never_ran_is_found(db, key, kind):
+    """The process had no thread left, or the reply to the commit killed the request's thread."""
+    with process(kind, db, workers=1) as one:
+        sid = one.plant(note, key)
+        assert one.executor.held == set()
+        one.recovery.look()
+        one.wait(sid)
+        assert CALLS[key] == [1]
+
+
+def test_job_that_nobody_holds_is_taken_up(machines, key):
+    one = machines.process()
+    sid = one.plant(note, key, run_after=10)
+    one.record(sid, holder=None)
+    one.recovery.look()
+    assert one.executor.held == set()
+    machines.pass_time(11)
+    one.recovery.look()
+    one.wait(sid)
+    assert CALLS[key] == [1]
+
+
+def test_job_that_nobody_holds_is_left_alone_for_a_while_where_bells_are_under_way(machines, key):
+    one = machines.process()
+    one.executor.grace = 5.0
+    sid = one.plant(note, key)
+    one.record(sid, holder=None)
+    machines.pass_time(4.9)
+    one.recovery.look()
+    assert one.executor.held == set()
+    machines.pass_time(0.1)
+    one.recovery.look()
+    one.wait(sid)
+    assert CALLS[key] == [1]
+
+
+def test_job_that_waits_in_this_process_is_not_taken_twice(db, key, at):
+    with process("zodb", db, workers=1) as one:
+        blocking = one.schedule(count_behind_gate, ROOT, key, at)
+        GATES[at].reach()
+        sid = one.schedule(note, key)
+        for _ in range(3):
+            one.recovery.look()
+        assert one.executor.queue.qsize() == 1
+        GATES[at].opened.set()
+        one.wait(blocking)
+        one.wait(sid)
+        assert CALLS[key] == [1, 1]
+
+
+def test_attempt_of_this_process_that_ended_without_a_word_is_repeated(db, key):
+    with process("zodb", db, workers=1) as one:
+        sid = one.plant(note, key)
+        one.record(
+            sid,
+            status="running",
+            holder=one.store.process,
+            signature="lost",
+            attempts=1,
+        )
+        one.recovery.look()
+        one.wait(sid)
+        assert CALLS[key] == [2]
+
+
+# -- processes that died -------------------------------------------------------------------
+
+
+def test_job_of_a_process_that_is_gone_is_rescued_at_once_where_one_process_owns_the_storage(
+    db, key
+):
+    with process("zodb", db, workers=1) as one:
+        assert one.store.exclusive
+        sid = one.plant(note, key)
+        one.die(sid)
+        one.recovery.look()
+        one.wait(sid)
+        assert CALLS[key] == [2]
+
+
+def test_job_of_another_store_of_this_very_process_is_not_rescued(db, key, at):
+    """Two applications, or an application and a script, on one database."""
+    with process("zodb", db, workers=1) as one, process("zodb", db, workers=1) as other:
+        sid = one.schedule(count_behind_gate, ROOT, key, at)
+        GATES[at].reach()
+        other.recovery.look()
+        assert other.executor.held == set()
+        GATES[at].opened.set()
+        one.wait(sid)
+        assert CALLS[key] == [1]
+
+
+def test_silent_process_is_rescued_after_a_lease_and_not_before(machines, key, at, wait_for):
+    one, other = machines.process(), machines.process()
+    with frozen(one, key, at) as sid:
+        other.recovery.look()
+        for _ in range(6):
+            machines.pass_time(10)
+            other.recovery.look()
+            assert other.executor.held == set()
+        machines.pass_time(0.1)
+        other.recovery.look()
+        wait_for(lambda: len(CALLS[key]) == 2)
+        GATES[at].opened.set()
+        other.wait(sid)
+    # The first attempt needed no claim; it counts where a sign of life has shown it.
+    assert CALLS[key] in ([1, 1], [1, 2])
+    assert one.told == []
+    assert other.root(lambda root: root["n"]) == 1
+
+
+def test_process_that_shows_life_keeps_its_job_as_long_as_it_takes(machines, key, at):
+    one, other = machines.process(), machines.process()
+    with frozen(one, key, at) as sid:
+        for _ in range(30):
+            machines.pass_time(10)
+            one.recovery.beat()
+            other.recovery.look()
+        assert other.executor.held == set()
+    one.wait(sid)
+    assert CALLS[key] == [1]
+
+
+def test_clocks_of_other_machines_are_not_believed(machines, key, at, wait_for):
+    """A wall clock that is years off, in either direction, kills nobody and saves nobody."""
+    one, other = machines.process(), machines.process()
+    with frozen(one, key, at) as sid:
+        other.recovery.look()
+        for now in (0.0, 1e12):
+            machines.clock.now = now
+            other.recovery.look()
+            assert other.executor.held == set()
+        machines.clock.now = 1_000_000.0
+        machines.monotonic.now += LEASE + 1
+        other.recovery.look()
+        wait_for(lambda: len(CALLS[key]) == 2)
+        GATES[at].opened.set()
+        other.wait(sid)
+
+
+def test_process_without_any_sign_of_life_is_given_a_lease(machines, key):
+    other = machines.process()
+    sid = other.plant(note, key)
+    other.die(sid)
+    other.recovery.look()
+    machines.pass_time(LEASE)
+    other.recovery.look()
+    assert other.executor.held == set()
+    machines.pass_time(1)
+    other.recovery.look()
+    other.wait(sid)
+    assert CALLS[key] == [2]
+
+
+def test_frozen_process_that_wakes_after_its_lease_leaves_no_effects(machines, key, at):
+    one, other = machines.process(), machines.process()
+    with frozen(one, key, at) as sid:
+        other.recovery.look()
+        machines.pass_time(LEASE + 1)
+        with other.transaction() as (table, _):
+            record = table.get(sid)
+            assert record.holder == one.store.process
+            signature = record.signature
+        rescue = threading.Thread(target=other.worker.run, args=[sid, signature])
+        rescue.start()
+        while len(CALLS[key]) < 2:
+            rescue.join(0.005)
+        GATES[at].opened.set()
+        rescue.join(10)
+    for thread in one.executor.threads:
+        thread.join(0.01)
+    other.wait(sid)
+    assert other.root(lambda root: root["n"]) == 1
+    assert (one.told, other.told) == ([], [(sid, "successful")])
+
+
+def test_rescue_by_many_processes_at_once_is_one_rescue(machines, key, at):
+    dead = machines.process()
+    others = [machines.process() for _ in range(4)]
+    sid = dead.plant(note, key)
+    dead.die(sid)
+    for other in others:
+        other.recovery.look()
+    machines.pass_time(LEASE + 1)
+    together(*[other.recovery.look for other in others])
+    while dead.status(sid).status != "successful":
+        for other in others:
+            other.ended[sid].wait(0.005)
+    for other in others:
+        other.stop()
+    assert CALLS[key] == [2]
+    assert len([told for other in others for told in other.told]) == 1
+
+
+def test_job_that_its_living_process_does_not_list_is_rescued(machines, key, at):
+    """The reply to its claim was lost: the record says running and nobody runs it."""
+    with gate() as busy:
+        one, other = machines.process(), machines.process()
+        one.schedule(count_behind_gate, ROOT, key, busy)
+        GATES[busy].reach()
+        sid = one.plant(note, key)
+        one.record(
+            sid,
+            status="running",
+            holder=one.store.process,
+            signature="lost",
+            attempts=1,
+        )
+        for _ in range(2):
+            one.recovery.beat()
+            other.recovery.look()
+            assert other.executor.held == set()
+        one.recovery.beat()
+        other.recovery.look()
+        other.wait(sid)
+        assert CALLS[key] == [1, 2]
+
+
+def test_job_that_waits_in_a_living_process_is_not_unlisted(machines, key, at):
+    one, other = machines.process(), machines.process()
+    with frozen(one, key, at):
+        sid = one.schedule(note, key)
+        for _ in range(5):
+            one.recovery.beat()
+            other.recovery.look()
+        assert other.executor.held == set()
+    one.wait(sid)
+
+
+def test_unlisted_job_that_is_listed_again_is_left_alone(machines, key, at):
+    one, other = machines.process(), machines.process()
+    with frozen(one, key, at) as sid:
+        job = one.worker.running.pop(sid)
+        one.record(sid, status="running", signature=job.signature)
+        one.recovery.beat()
+        other.recovery.look()
+        one.worker.running[sid] = job
+        for _ in range(4):
+            one.recovery.beat()
+            other.recovery.look()
+        assert other.executor.held == set()
+
+
+# -- signs of life -------------------------------------------------------------------------
+
+
+def test_sign_lists_what_runs_and_shows_its_progress_to_others(machines, key, at):
+    one, other = machines.process(), machines.process()
+    sid = one.schedule(tell_and_wait, at, 50)
+    GATES[at].reach()
+    assert other.status(sid).status == "accepted"
+    one.recovery.beat()
+    status = other.status(sid)
+    assert (status.status, status.progress, status.message) == ("running", 50, "half way")
+    assert read_signs(other) == {one.store.process: (1, {sid})}
+    GATES[at].opened.set()
+    one.wait(sid)
+
+
+def test_sign_does_not_write_the_record(machines, key, at):
+    """A heartbeat on the record would doom the job."""
+    one = machines.process()
+    with frozen(one, key, at) as sid:
+        for _ in range(3):
+            one.recovery.beat()
+    one.wait(sid)
+    assert CALLS[key] == [1]
+    assert one.status(sid).status == "successful"
+
+
+def test_one_commit_for_each_sign(machines, key, at):
+    one = machines.process()
+    with frozen(one, key, at):
+        before = one.commits()
+        one.recovery.beat()
+        assert one.commits() == before + 1
+        [*_, last] = one.db.storage.iterator()
+        assert len(list(last)) == 1
+
+
+def test_process_that_has_nothing_to_do_falls_silent_and_then_writes_nothing(machines, key, at):
+    one = machines.process()
+    with frozen(one, key, at) as sid:
+        assert set(read_signs(one)) == {one.store.process}
+    one.wait(sid)
+    while one.executor.held:
+        one.executor.threads[0].join(0.005)
+    one.recovery.beat()
+    assert read_signs(one) == {}
+    before = one.db.lastTransaction()
+    one.recovery.beat()
+    assert one.db.lastTransaction() == before
+
+
+def test_no_sign_is_written_where_the_records_end_with_the_process(db, key):
+    with process("ram", db, workers=1) as one, gate() as at:
+        one.schedule(count_behind_gate, ROOT, key, at)
+        GATES[at].reach()
+        before = db.lastTransaction()
+        one.recovery.beat()
+        assert db.lastTransaction() == before
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_idle_system_writes_nothing(machines, db, key, shared):
+    if shared:
+        one = machines.process()
+    else:
+        one = Process(store_of("zodb", db), db, monotonic=machines.monotonic)
+        one.store.clock = machines.clock
+    sid = one.schedule(note, key)
+    if shared:
+        one.wait(sid)
+    else:
+        one.worker.run(sid)
+    while one.executor.held:
+        one.executor.threads[0].join(0.005)
+    for step in (one.recovery.beat, one.recovery.look):
+        step()
+    before = db.lastTransaction()
+    for _ in range(5):
+        machines.pass_time(1)
+        for step in (one.recovery.tell, one.recovery.beat, one.recovery.look):
+            step()
+    assert db.lastTransaction() == before
+    one.stop()
+
+
+def test_process_that_cannot_write_its_sign_for_a_lease_takes_no_more_jobs(
+    machines, key, at, monkeypatch
+):
+    one, other = machines.process(), machines.process()
+    told = one.schedule(check_until_told, at, key)
+    GATES[at].reach()
+    one.recovery.beat()
+
+    def unreachable(tm, connect=None):
+        raise ConnectionError("no route to host")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one.store, "table", unreachable)
+        for _ in range(6):
+            machines.pass_time(10)
+            with pytest.raises(ConnectionError):
+                one.recovery.beat()
+            assert not one.executor.suspended
+        machines.pass_time(1)
+        with pytest.raises(ConnectionError):
+            one.recovery.beat()
+        assert one.executor.suspended
+        while not CALLS[key]:
+            one.executor.threads[0].join(0.005)
+        assert type(CALLS[key][0]).__name__ == "JobStopped"
+    assert one.executor.suspended
+    one.recovery.beat()
+    assert not one.executor.suspended
+    other.cancel(told)
+    sid = one.schedule(note, key)
+    one.wait(sid)
+
+
+def test_signs_of_the_dead_are_buried_when_no_job_names_them(machines, key, at, wait_for):
+    one, other = machines.process(), machines.process()
+    with frozen(one, key, at) as sid:
+        other.recovery.look()
+        machines.pass_time(LEASE + 1)
+        other.recovery.look()
+        assert one.store.process in read_signs(other)
+        wait_for(lambda: len(CALLS[key]) == 2)
+        GATES[at].opened.set()
+        other.wait(sid)
+    machines.pass_time(LEASE + 1)
+    other.recovery.look()
+    other.recovery.look()
+    assert one.store.process not in read_signs(other)
+    before = other.db.lastTransaction()
+    other.recovery.look()
+    assert other.db.lastTransaction() == before
+    assert set(other.recovery._observed) <= {other.store.process}
+
+
+def test_dismissal_by_another_process_reaches_the_running_job(machines, key, at):
+    one, other = machines.process(), machines.process()
+    sid = one.schedule(check_until_told, at, key)
+    GATES[at].reach()
+    assert other.cancel(sid) is True
+    assert CALLS[key] == []
+    one.recovery.tell()
+    while not CALLS[key]:
+        one.executor.threads[0].join(0.005)
+    assert type(CALLS[key][0]) is JobDismissed
+
+
+def test_removal_by_another_process_reaches_the_running_job(machines, key, at):
+    one, other = machines.process(), machines.process()
+    sid = one.schedule(check_until_told, at, key)
+    GATES[at].reach()
+    other.ask(lambda scheduler: scheduler.remove(sid))
+    one.recovery.tell()
+    while not CALLS[key]:
+        one.executor.threads[0].join(0.005)
+    assert type(CALLS[key][0]) is JobDismissed
+
+
+# -- archive and expiry --------------------------------------------------------------------
+
+
+def trees(process):
+    """Return how many records are among the unfinished ones, and the finished ones."""
+    with process.transaction() as (table, _):
+        count = [sum(map(len, kind)) for kind in (table.root.unfinished, table.root.finished)]
+        return (*count, len(table.root.expiry))
+
+
+def test_finished_record_is_archived_a_minute_later_and_expires_in_its_time(db, key):
+    clock = Clock()
+    with process("zodb", db, clock=clock, result_timeout=3600.0) as one:
+        sid = one.run(note, key, "value")
+        one.recovery.look()
+        assert trees(one) == (1, 0, 0)
+        clock.now += ARCHIVE_AFTER
+        one.recovery.look()
+        assert trees(one) == (0, 1, 1)
+        assert one.status(sid).status == "successful"
+        clock.now += 3600 - ARCHIVE_AFTER - 1
+        one.recovery.look()
+        assert one.status(sid).status == "successful"
+        clock.now += 1
+        assert one.status(sid) is None
+        clock.now += 60
+        one.recovery.look()
+        assert trees(one) == (0, 0, 0)
+
+
+def test_forgotten_record_is_removed_in_ram_too(db, key):
+    clock = Clock()
+    with process("ram", db, clock=clock, result_timeout=10.0) as one:
+        sid = one.run(note, key)
+        clock.now += 9
+        one.recovery.look()
+        assert one.status(sid).status == "successful"
+        clock.now += 1
+        one.recovery.look()
+        assert one.store.states == {}
+
+
+def test_many_records_are_archived_and_expire_in_batches(db, key):
+    clock = Clock()
+    with process("zodb", db, clock=clock, result_timeout=100.0) as one:
+        with one.transaction() as (table, _):
+            bound = one.scheduler.using(tm=table.tm)
+            sids = [bound.schedule(note, key) for _ in range(BATCH + 5)]
+            for sid in sids:
+                bound.cancel(sid)
+        clock.now += ARCHIVE_AFTER
+        before = one.commits()
+        one.recovery.look()
+        assert trees(one) == (0, BATCH + 5, BATCH + 5)
+        assert one.commits() == before + 2
+        clock.now += HAUNTED + 200
+        one.recovery.look()
+        assert trees(one) == (0, 0, 0)
+        assert one.commits() == before + 4
+
+
+def test_collected_result_never_costs_a_move(db, key):
+    clock = Clock()
+    with process("zodb", db, clock=clock) as one:
+        one.result(one.run(note, key))
+        clock.now += ARCHIVE_AFTER
+        before = db.lastTransaction()
+        one.recovery.look()
+        assert db.lastTransaction() == before
+
+
+# -- bad records ---------------------------------------------------------------------------
+
+
+class Foreign(Persistent):
+    """Not a record."""
+
+
+class Vanishing(Persistent):
+    """Its class is gone when it is read."""
+
+
+def put(one, sid, record):
+    with one.transaction() as (table, _):
+        table.root.unfinished[table.root.shard(sid)][sid] = record
+
+
+def forge(one, sid, pickle):
+    """Store a record with a pickle that cannot be read."""
+    put(one, sid, Foreign())
+    with one.transaction() as (table, _):
+        oid = table.root.unfinished[table.root.shard(sid)][sid]._p_oid
+    storage = one.db.storage
+    serial = storage.loadBefore(oid, b"\x7f" + b"\xff" * 7)[1]
+    txn = transaction.TransactionManager(explicit=True).begin()
+    txn.user = txn.description = ""
+    from ZODB.Connection import TransactionMetaData
+
+    meta = TransactionMetaData()
+    storage.tpc_begin(meta)
+    storage.store(oid, serial, pickle, "", meta)
+    storage.tpc_vote(meta)
+    storage.tpc_finish(meta)
+    one.db.cacheMinimize()
+
+
+def vanish(one, sid):
+    put(one, sid, Vanishing())
+    one.db.cacheMinimize()
+
+
+BAD = {
+    "a truncated record": lambda one, sid: forge(one, sid, b"\x80\x03ctest_recovery\nFor"),
+    "an empty record": lambda one, sid: forge(one, sid, b""),
+    "a foreign object": lambda one, sid: put(one, sid, Foreign()),
+    "a mapping": lambda one, sid: put(one, sid, PersistentMapping(status="running")),
+    "no object at all": lambda one, sid: put(one, sid, "text"),
+    "None": lambda one, sid: put(one, sid, None),
+    "a class that is gone": vanish,
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_record_stops_neither_the_sweep_nor_its_neighbours(
+    tmp_path, db, key, bad, caplog, monkeypatch
+):
+    clock = Clock()
+    with process("zodb", db, workers=1, clock=clock) as one:
+        lost = [one.plant(note, key) for _ in range(3)]
+        done = one.plant(note, key)
+        one.cancel(done)
+        for sid in lost:
+            one.die(sid)
+        shards = {int(sid[:2], 16) for sid in lost}
+        # Before, among and after its neighbours.
+        bad_sids = [f"{shard:02x}" + end * 30 for shard in shards for end in "0f"]
+        for sid in bad_sids:
+            BAD[bad](one, sid)
+        if bad == "a class that is gone":
+            monkeypatch.delattr("test_recovery.Vanishing")
+        clock.now += ARCHIVE_AFTER
+        caplog.clear()
+        one.recovery.look()
+        for sid in lost:
+            one.wait(sid)
+        assert len(CALLS[key]) == 3
+        assert trees(one)[1] == 1  # archived all the same
+        for sid in bad_sids:
+            assert f"the record of job {sid!r} cannot be read" in caplog.text
+        assert len(one.ask(lambda scheduler: scheduler.jobs())) == 4
+
+
+def test_expired_record_that_is_gone_already_stops_nothing(db, key):
+    clock = Clock()
+    with process("zodb", db, clock=clock, result_timeout=1000.0) as one:
+        sids = [one.run(note, key) for _ in range(2)]
+        clock.now += ARCHIVE_AFTER
+        one.recovery.look()
+        with one.transaction() as (table, _):
+            del table.root.finished[table.root.shard(sids[0])][sids[0]]
+        clock.now += 1000
+        one.recovery.look()
+        assert trees(one) == (0, 0, 0)
+
+
+def test_step_that_fails_is_logged_and_the_next_one_is_taken(db, caplog):
+    with process("zodb", db) as one:
+
+        def look():
+            raise ZeroDivisionError
+
+        one.recovery._safely(look)
+        assert "recovery could not look; it goes on" in caplog.text
+
+
+# -- the thread ----------------------------------------------------------------------------
+
+
+def test_thread_looks_by_itself(db, key):
+    store = store_of("zodb", db)
+    worker = Worker(store)
+    executor = executor_for(worker, 1)
+    ended = threading.Event()
+    worker.finished = lambda sid, status: ended.set()
+    one = Process(store, db)
+    sid = one.schedule(note, key)
+    one.die(sid)
+    executor.start()  # and looks at once
+    assert ended.wait(10)
+    assert Scheduler(worker, executor).transact(lambda s: s.completed(sid))
+    executor.stop(5)
+
+
+def test_job_runs_when_its_time_has_come(db, key):
+    store = store_of("zodb", db)
+    worker = Worker(store)
+    executor = executor_for(worker, 1)
+    ended = threading.Event()
+    worker.finished = lambda sid, status: ended.set()
+    scheduler = Scheduler(worker, executor)
+    scheduler.transact(lambda s: s.using(run_after=0.05).schedule(note, key))
+    assert ended.wait(10)
+    executor.stop(5)
+
+
+def test_timers_are_bounded(db, key):
+    with process("zodb", db) as one:
+        one.executor.max_pending = 3
+        for number in range(5):
+            one.recovery.later(1e12, f"{number:032x}")
+            one.recovery.later(1e12, f"{number:032x}")
+        assert len(one.recovery._timers) == 3
+
+
+# -- a process that is killed --------------------------------------------------------------
+
+TESTS = Path(__file__).parent
+
+VICTIM = """
+    import os, sys, threading, transaction, ZODB
+    from BTrees.OOBTree import OOBTree
+    from ZODB.FileStorage import FileStorage
+    from pyramid_async.scheduler import Scheduler, executor_for
+    from pyramid_async.worker import Worker
+    from pyramid_async.zodb import ZodbStore
+    from test_recovery import killed_once
+
+    db = ZODB.DB(FileStorage(sys.argv[1]))
+    store = ZodbStore(db)
+    store.install()
+    worker = Worker(store)
+    ended = threading.Semaphore(0)
+    worker.finished = lambda sid, status: ended.release()
+    executor = executor_for(worker, 1)
+    scheduler = Scheduler(worker, executor)
+    connection = db.open()
+    root = connection.root()
+    if "log" not in root:
+        root["log"] = OOBTree()
+        transaction.commit()
+        for number in range(3):
+            scheduler.schedule(killed_once, root["log"], number, sys.argv[2], int(sys.argv[3]))
+        transaction.commit()
+    executor.start()
+    while len(root["log"]) < 3:
+        assert ended.acquire(timeout=30)
+        transaction.abort()
+    executor.stop(5)
+    print(dict(root["log"]), flush=True)
+    db.close()
+"""
+
+
+def killed_once(log, number, marker, phase):
+    """Change the database; the first attempt at job 1 is killed before or within its commit."""
+    log[number] = log.get(number, 0) + 1
+    if number == 1 and not os.path.exists(marker):
+        with open(marker, "w"):
+            pass
+        if phase:
+            kill_in_commit()
+        else:
+            os.kill(os.getpid(), 9)
+
+
+def kill_in_commit():
+    from webapp import Barrier
+
+    class Kills(Barrier):
+        def tpc_vote(self, txn):
+            os.kill(os.getpid(), 9)
+
+    transaction.get().join(Kills(None, None, "~~last"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", [0, 1], ids=["in the function", "in the commit"])
+def test_jobs_of_a_killed_process_run_once_in_the_next_one(tmp_path, phase):
+    path, marker = tmp_path / "data.fs", tmp_path / "killed"
+
+    def start():
+        return subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(VICTIM), path, marker, str(phase)],
+            capture_output=True,
+            text=True,
+            timeout=50,
+            env={**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"},
+        )
+
+    killed = start()
+    assert killed.returncode == -9, killed.stderr
+    again = start()
+    assert again.stdout == "{0: 1, 1: 1, 2: 1}\n", again.stderr

@@ -1,0 +1,2004 @@
+"""Schedule, ask, cancel: through a Pyramid application with real worker threads."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import gc
+import logging
+import threading
+from collections import defaultdict
+from contextlib import contextmanager, suppress
+from itertools import product
+from uuid import uuid4
+
+import pyramid_tm
+import pytest
+import transaction
+from bare import Events
+from persistent import Persistent
+from pyramid.config import Configurator
+from pyramid.exceptions import ConfigurationError
+from pyramid.request import Request
+from pyramid.response import Response
+from pyramid.threadlocal import get_current_registry, get_current_request
+from pyramid.threadlocal import manager as threadlocals
+from pyramid_zodbconn import get_connection
+from transaction.interfaces import TransientError
+from webapp import GATES, Barrier, Policy, gate
+from webtest import TestApp
+from ZODB.POSException import ConflictError
+from zope.interface.verify import verifyObject
+
+from pyramid_async import (
+    IJobFinished,
+    IScheduler,
+    JobDismissed,
+    JobFailed,
+    JobNotFound,
+    JobStatus,
+    NotSchedulable,
+    SchedulerFull,
+    current_job,
+)
+from pyramid_async.context import ObjectGone, PersistentContext
+from pyramid_async.scheduler import Scheduler
+from pyramid_async.transactional import transactional
+
+EXPLICIT = {"tm.manager_hook": "pyramid_tm.explicit_manager"}
+
+
+# -- what jobs do --------------------------------------------------------------------------
+
+
+class Thing(Persistent):
+    """An object of the application."""
+
+    count = 0
+
+    def __init__(self, name=""):
+        self.name = name
+
+    def method(self):
+        return self.name
+
+
+CALLS = defaultdict(list)  # key of a test -> what its jobs noted
+
+
+def note(key, value=None):
+    CALLS[key].append(value)
+    return value
+
+
+def add(a, b=0):
+    return a + b
+
+
+def give(value):
+    return value
+
+
+def fail(*args):
+    raise ZeroDivisionError(*args)
+
+
+def at_gate(name, value=None):
+    GATES[name].pass_through()
+    return value
+
+
+def count_up(thing):
+    thing.count += 1
+    return thing.count
+
+
+def own_connection():
+    return get_connection(current_job().request)
+
+
+def has_come_home(obj):
+    """Tell whether the object came through this job's own connection."""
+    home = own_connection().get_connection(obj._p_jar.db().database_name)
+    return obj._p_jar is home
+
+
+def arrived(value, path):
+    """Follow a path into a value, and tell name and home of the object at its end."""
+    for step in path:
+        value = next(iter(value)) if step == "first" else value[step]
+    return value.name, has_come_home(value)
+
+
+def from_context(context):
+    thing, named = context[0], context["named"]
+    named.count += 1
+    return len(context), thing is named, has_come_home(thing)
+
+
+def new_thing(name):
+    thing = own_connection().root()[name] = Thing(name)
+    return [thing]
+
+
+def mark_then(name, key):
+    """Change the database, then stand at a gate."""
+    own_connection().root()["marked"] = key
+    GATES[name].pass_through()
+    return key
+
+
+def mark_with(barrier, key):
+    """Change the database in a transaction whose commit stands at a gate."""
+    name, phase, sort_key = barrier
+    if own_connection_or_none() is not None:
+        own_connection().root()["marked"] = key
+    current_job().request.tm.get().join(Barrier(name, phase, sort_key))
+    return key
+
+
+def own_connection_or_none():
+    request = current_job().request
+    return own_connection() if getattr(request.registry, "_zodb_databases", None) else None
+
+
+def wait_until_told(name, key):
+    """Swallow every exception, check, and note what ended the job."""
+    gate_of_job = GATES[name]
+    gate_of_job.reached.set()
+    job = current_job()
+    try:
+        while True:
+            try:
+                job.check()
+                gate_of_job.opened.wait(0.005)
+            except Exception:  # pragma: no cover - must not see the interruption
+                note(key, "swallowed")
+    except BaseException as error:
+        note(key, error)
+        raise
+
+
+def look_around(*names):
+    """Return attributes of the job's request."""
+    request = current_job().request
+    return [functools.reduce(getattr, name.split("."), request) for name in names]
+
+
+def look_at_transaction():
+    job, txn = current_job(), current_job().request.tm.get()
+    return txn.user, txn.description, txn.extension["pyramid_async"], job.sid
+
+
+def is_surrounded():
+    job = current_job()
+    request = job.request
+    return (
+        get_current_request() is request,
+        get_current_registry() is request.registry,
+        len(threadlocals.stack),
+    )
+
+
+def schedule_another(*args):
+    return current_job().request.scheduler.schedule(note, *args)
+
+
+async def add_slowly(a, b):
+    await asyncio.sleep(0)
+    return a + b, current_job().sid
+
+
+async def fail_slowly():
+    await asyncio.sleep(0)
+    raise ZeroDivisionError("slowly")
+
+
+@transactional
+def count_transactionally(thing):
+    thing.count += 1
+
+
+class Toolbox:
+    @staticmethod
+    def static(value):
+        return "static", value
+
+    @classmethod
+    def of_class(cls, value):
+        return cls.__name__, value
+
+    def method(self):  # pragma: no cover - refused
+        pass
+
+    def __call__(self):
+        return "called"
+
+
+# -- the application -----------------------------------------------------------------------
+
+
+class Root:
+    __name__ = __parent__ = None
+
+    def __init__(self, request):
+        request.registry.roots_made_for.append(request.authenticated_userid)
+
+    def __getitem__(self, name):
+        raise KeyError(name)
+
+
+def run_action(request):
+    """Do what the test wants; answer with its response, if it returned one."""
+    key = request.headers["X-Action"]
+    outcome = request.registry.outcomes[key] = request.registry.actions[key](request)
+    return outcome if isinstance(outcome, Response) else Response("ok")
+
+
+class Site(TestApp):
+    """A WebTest client of an application whose views are whatever a test wants."""
+
+    def __init__(self, settings=(), *, zodb=(), retry=False, configure=lambda config: None):
+        settings = {
+            "async.workers": "2",
+            "async.maintenance_interval": "60",
+            "retry.attempts": "3",
+            **{f"zodbconn.uri{name and '.'}{name}": f"memory://{uuid4().hex}" for name in zodb},
+            **dict(settings),
+        }
+        with Configurator(settings=settings) as config:
+            config.set_security_policy(Policy())
+            config.set_root_factory(Root)
+            if retry:
+                config.include("pyramid_retry")
+            config.include("pyramid_async")
+            if zodb:
+                config.include("pyramid_zodbconn")
+            config.add_route("do", "/do")
+            config.add_view(run_action, route_name="do")
+            config.add_view(run_action, context=Root, name="traversed")
+            config.add_subscriber(self._finished, IJobFinished)
+            configure(config)
+        self.events = Events()
+        self.told = []
+        self.registry = config.registry
+        self.registry.actions, self.registry.outcomes = {}, {}
+        self.registry.roots_made_for = []
+        super().__init__(config.make_wsgi_app())
+
+    def _finished(self, event):
+        self.told.append((event.sid, event.status))
+        self.events[event.sid].set()
+
+    @property
+    def scheduler(self):
+        return self.registry.getUtility(IScheduler)
+
+    @property
+    def executor(self):
+        return self.scheduler.executor
+
+    @property
+    def databases(self):
+        return getattr(self.registry, "_zodb_databases", None) or {}
+
+    def do(self, action, *, user=None, path="/do", **environ):
+        """Run ``action(request)`` as a view and return what it returned."""
+        key = uuid4().hex
+        self.registry.actions[key] = action
+        headers = {"X-Action": key} | ({"X-User": user} if user else {})
+        self.get(path, headers=headers, extra_environ=environ)
+        return self.registry.outcomes[key]
+
+    def schedule(self, *args, user=None, **options):
+        """Schedule a job in a request of its own."""
+        return self.do(lambda r: r.scheduler.using(**options).schedule(*args), user=user)
+
+    def ask(self, question):
+        """Answer ``question(scheduler)`` outside of all requests."""
+        return self.scheduler.transact(question)
+
+    def status(self, sid):
+        return self.ask(lambda scheduler: scheduler.status(sid))
+
+    def wait(self, sid):
+        assert self.events[sid].wait(10), self.status(sid)
+
+    def outcome(self, sid):
+        """Wait for the job and return (value, exception); the job stays."""
+        self.wait(sid)
+
+        def collect(request):
+            pair = request.scheduler.get_result(sid)
+            request.tm.doom()
+            return pair
+
+        return self.do(collect)
+
+    def run(self, *args, **options):
+        """Schedule a job, wait for it and return its value."""
+        value, error = self.outcome(self.schedule(*args, **options))
+        assert error is None, error
+        return value
+
+    def fails(self, *args, **options):
+        """Schedule a job, wait for it and return its exception."""
+        value, error = self.outcome(self.schedule(*args, **options))
+        assert value is None
+        return error
+
+    def make(self, name="thing", database=""):
+        """Put a new thing into a database."""
+        with self.databases[database].transaction() as connection:
+            connection.root()[name] = Thing(name)
+
+    def read(self, read, database=""):
+        """Return what ``read(root)`` returns, seen by a fresh transaction."""
+        with self.databases[database].transaction() as connection:
+            return read(connection.root())
+
+    def close(self):
+        self.executor.stop(2)
+        for database in self.databases.values():
+            database.close()
+
+
+@contextmanager
+def manager_of(web):
+    """A transaction manager of our own; its connection is closed afterwards."""
+    tm = transaction.TransactionManager(explicit=True)
+    try:
+        yield tm
+    finally:
+        web.scheduler.store.release(tm)
+
+
+@contextmanager
+def site(*args, **options):
+    client = Site(*args, **options)
+    try:
+        yield client
+    finally:
+        client.close()
+        transaction.abort()
+
+
+# Name of a kind -> settings and options of its site.
+STORES = {
+    "no ZODB": dict(),
+    "ZODB": dict(zodb=[""]),
+    "two ZODBs": dict(zodb=["", "other"]),
+    "RAM beside ZODB": dict(zodb=[""], settings={"async.store": "ram"}),
+}
+ALL = {
+    f"{store}, {manager}, {'retry' if retry else 'once'}": dict(
+        options, settings={**options.get("settings", {}), **settings}, retry=retry
+    )
+    for (store, options), (manager, settings), retry in product(
+        STORES.items(), {"default": {}, "explicit": EXPLICIT}.items(), [False, True]
+    )
+}
+# Each store, manager and number of attempts in one row or two.
+SOME = [
+    "no ZODB, explicit, once",
+    "ZODB, default, once",
+    "two ZODBs, explicit, retry",
+    "RAM beside ZODB, default, retry",
+]
+WITH_ZODB = [name for name in SOME if not name.startswith("no ZODB")]
+BOTH = ["no ZODB, explicit, once", "ZODB, explicit, retry"]
+
+
+@pytest.fixture
+def web(request):
+    with site(**ALL[request.param]) as client:
+        yield client
+
+
+@pytest.fixture
+def zodb():
+    with site(EXPLICIT, zodb=[""]) as client:
+        yield client
+
+
+@pytest.fixture
+def key():
+    """What a test's jobs note under, and the notes."""
+    name = uuid4().hex
+    yield name
+    CALLS.pop(name, None)
+
+
+@pytest.fixture
+def at():
+    """The name of a gate."""
+    with gate() as name:
+        yield name
+
+
+def everywhere(*names):
+    return pytest.mark.parametrize("web", names, indirect=True)
+
+
+everywhere_of_all = everywhere(*ALL)
+everywhere_of_some = everywhere(*SOME)
+with_zodb = everywhere(*WITH_ZODB)
+in_both_stores = everywhere(*BOTH)
+
+
+# -- schedule, commit, run, poll -----------------------------------------------------------
+
+
+@everywhere_of_all
+def test_job_runs_after_the_commit_and_its_result_is_collected_once(web):
+    sid = web.do(lambda request: request.scheduler.schedule(add, 1, b=2))
+    web.wait(sid)
+    assert web.do(lambda request: request.scheduler.completed(sid)) is True
+    assert web.do(lambda request: request.scheduler.get_result(sid)) == (3, None)
+    assert web.do(lambda request: request.scheduler.get_result(sid)) is None
+    assert web.do(lambda request: request.scheduler.completed(sid)) is None
+
+
+@everywhere_of_all
+def test_failure_is_polled_like_a_result(web):
+    sid = web.do(lambda request: request.scheduler.schedule(fail, "why"))
+    web.wait(sid)
+    value, error = web.do(lambda request: request.scheduler.get_result(sid))
+    assert (value, type(error), error.args) == (None, ZeroDivisionError, ("why",))
+
+
+@everywhere_of_all
+def test_nothing_starts_before_the_commit(web, key):
+    def schedule_and_wait(request):
+        sid = request.scheduler.schedule(note, key)
+        assert request.scheduler.completed(sid) is False
+        assert request.scheduler.get_result(sid) is False
+        assert not web.events[sid].wait(0.03)
+        assert web.status(sid) is None
+        assert CALLS[key] == []
+        return sid
+
+    web.wait(web.do(schedule_and_wait))
+    assert CALLS[key] == [None]
+
+
+@everywhere_of_some
+def test_traversal_schedules_as_url_dispatch_does(web):
+    sid = web.do(lambda request: request.scheduler.schedule(add, 1, 2), path="/traversed")
+    assert web.outcome(sid) == (3, None)
+
+
+@in_both_stores
+def test_function_and_options_share_no_namespace(web):
+    def schedule(request):
+        return request.scheduler.schedule(dict, f=1, self=2, title=3, timeout=4, tm=5)
+
+    value, error = web.outcome(web.do(schedule))
+    assert (value, error) == (dict(f=1, self=2, title=3, timeout=4, tm=5), None)
+
+
+@in_both_stores
+def test_sid_is_a_text_of_128_random_bits(web):
+    sids = web.do(lambda request: [request.scheduler.schedule(give, n) for n in range(20)])
+    assert len(set(sids)) == 20
+    assert all(len(bytes.fromhex(sid)) == 16 for sid in sids)
+    for sid in sids:
+        web.wait(sid)
+
+
+@in_both_stores
+def test_jobs_of_one_request_all_run(web, key):
+    sids = web.do(lambda request: [request.scheduler.schedule(note, key, n) for n in range(20)])
+    for sid in sids:
+        web.wait(sid)
+    assert sorted(CALLS[key]) == list(range(20))
+
+
+@in_both_stores
+def test_jobs_of_many_threads_run_once_each(web, key):
+    def schedule(numbers):
+        for number in numbers:
+            # Repeated where two threads happen to write one shard at the same time.
+            sids.append(web.scheduler.transact(lambda s, n=number: s.schedule(note, key, n)))
+
+    sids = []
+    threads = [threading.Thread(target=schedule, args=[range(n, 40, 4)]) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    for sid in sids:
+        web.wait(sid)
+    assert sorted(CALLS[key]) == list(range(40))
+
+
+@in_both_stores
+def test_unknown_sid_is_none_for_every_question(web):
+    def ask(request):
+        scheduler = request.scheduler
+        sid = uuid4().hex
+        return (
+            scheduler.completed(sid),
+            scheduler.get_result(sid),
+            scheduler.status(sid),
+            scheduler.outcome(sid),
+            scheduler.remove(sid),
+            scheduler.cancel(sid),
+        )
+
+    assert web.do(ask) == (None, None, None, None, None, False)
+
+
+# -- no commit, no job ---------------------------------------------------------------------
+
+
+class Refused(Exception):
+    pass
+
+
+def refuse_vote(request):
+    class Resource(Barrier):
+        def tpc_vote(self, txn):
+            raise Refused
+
+    request.tm.get().join(Resource("", "", "~~last"))
+
+
+def raise_refused(request):
+    raise Refused
+
+
+NO_COMMIT = {
+    "the view raises": raise_refused,
+    "the transaction is doomed": lambda request: request.tm.doom(),
+    "the vote fails": refuse_vote,
+}
+
+
+@pytest.mark.parametrize("end", NO_COMMIT)
+@everywhere_of_some
+def test_job_never_existed_when(web, key, end):
+    sids = []
+
+    def schedule(request):
+        sids.append(request.scheduler.schedule(note, key, "dropped"))
+        NO_COMMIT[end](request)
+
+    with suppress(Refused):
+        web.do(schedule)
+    # Threads take jobs in their order, so each of two has been at the queue after this.
+    web.run(give, 1)
+    web.run(give, 1)
+    assert web.status(sids[0]) is None
+    assert CALLS[key] == []
+    assert len(web.ask(lambda scheduler: scheduler.jobs())) == 2
+
+
+@pytest.mark.parametrize("options", [STORES["no ZODB"], STORES["ZODB"]])
+def test_commit_veto_drops_the_job(options, key):
+    with site({"tm.commit_veto": "pyramid_tm.default_commit_veto"}, **options) as web:
+
+        def schedule(request):
+            sids.append(request.scheduler.schedule(note, key))
+            return Response("vetoed", headers={"X-Tm": "abort"})
+
+        sids = []
+        assert web.do(schedule).text == "vetoed"
+        web.run(give, 1)
+        web.run(give, 1)
+        assert web.status(sids[0]) is None
+        assert CALLS[key] == []
+
+
+@in_both_stores
+def test_job_scheduled_inside_a_savepoint_that_is_rolled_back_never_existed(web, key):
+    def schedule(request):
+        kept = request.scheduler.schedule(note, key, "kept")
+        savepoint = request.tm.savepoint()
+        dropped = request.scheduler.schedule(note, key, "dropped")
+        savepoint.rollback()
+        return kept, dropped, request.scheduler.schedule(note, key, "kept too")
+
+    kept, dropped, kept_too = web.do(schedule)
+    web.wait(kept)
+    web.wait(kept_too)
+    assert web.status(dropped) is None
+    assert sorted(CALLS[key]) == ["kept", "kept too"]
+
+
+@in_both_stores
+def test_job_removed_by_the_request_that_scheduled_it_never_runs(web, key):
+    def schedule(request):
+        sid = request.scheduler.schedule(note, key)
+        request.scheduler.remove(sid)
+        return sid
+
+    sid = web.do(schedule)
+    web.run(give, 1)
+    web.run(give, 1)
+    assert web.status(sid) is None
+    assert CALLS[key] == []
+
+
+@in_both_stores
+def test_job_cancelled_by_the_request_that_scheduled_it_never_runs(web, key):
+    def schedule(request):
+        sid = request.scheduler.schedule(note, key)
+        assert request.scheduler.cancel(sid)
+        return sid
+
+    sid = web.do(schedule)
+    web.run(give, 1)
+    web.run(give, 1)
+    assert web.status(sid).status == "dismissed"
+    assert CALLS[key] == []
+
+
+# -- the hook ------------------------------------------------------------------------------
+
+
+def transactions(database):
+    return [t.tid for t in database.storage.iterator()]
+
+
+def test_commit_of_the_request_is_the_only_one_that_scheduling_costs():
+    with site({"async.workers": "0"}, zodb=[""]) as web:
+        before = len(transactions(web.databases[""]))
+        web.schedule(give, 1)
+        assert len(transactions(web.databases[""])) == before + 1
+
+
+@in_both_stores
+def test_commit_returns_normally_when_the_executor_has_stopped(web):
+    web.executor.stop(2)
+    sid = web.schedule(give, 1)
+    assert web.status(sid).status == "accepted"
+
+
+@in_both_stores
+def test_hook_leaves_the_connection_and_the_transaction_of_the_request_alone(web):
+    """What a hook writes can stay dirty in a pooled connection; a transaction it begins stays."""
+    seen = []
+
+    def schedule(request):
+        sid = request.scheduler.schedule(give, 1)
+        txn = request.tm.get()
+        connection = get_connection(request) if web.databases else None
+
+        def look(committed):
+            dirty = connection is not None and (connection._registered_objects or connection._added)
+            seen.append((committed, bool(dirty), txn._resources))
+
+        txn.addAfterCommitHook(look)
+        return sid
+
+    web.wait(web.do(schedule))
+    assert seen == [(True, False, [])]
+
+
+# -- requests that are run again -----------------------------------------------------------
+
+
+class LosesReply(Barrier):
+    """A resource that fails after the database has finished, as often as *left* says."""
+
+    def __init__(self, left, error):
+        super().__init__("", "", "~~last")
+        self.left, self.error = left, error
+
+    def tpc_finish(self, txn):
+        if self.left[0]:
+            self.left[0] -= 1
+            raise self.error
+
+
+class ReplyLost(TransientError):
+    pass
+
+
+RETRIED = [name for name in ALL if name.endswith("retry")]
+
+
+@everywhere(*RETRIED)
+def test_commit_whose_reply_is_lost_makes_one_job(web, key):
+    left, sids = [2], []
+
+    def schedule(request):
+        sids.append([request.scheduler.schedule(note, key, number) for number in range(3)])
+        request.tm.get().join(LosesReply(left, ReplyLost()))
+        return sids[-1]
+
+    for sid in web.do(schedule):
+        web.wait(sid)
+    assert len(sids) == 3
+    assert sids[0] == sids[1] == sids[2]
+    web.run(give, 1)
+    web.run(give, 1)
+    assert sorted(CALLS[key]) == [0, 1, 2]
+    assert len(web.ask(lambda scheduler: scheduler.jobs())) == 5
+
+
+@in_both_stores
+def test_job_runs_although_the_reply_to_its_commit_was_lost_for_good(web, key):
+    """The hook is told False; it is not believed."""
+    sids = []
+
+    def schedule(request):
+        sids.append(request.scheduler.schedule(note, key, "ran"))
+        request.tm.get().join(LosesReply([1], OSError("connection reset")))
+
+    with pytest.raises(OSError, match="connection reset"):
+        web.do(schedule)
+    web.wait(sids[0])
+    assert CALLS[key] == ["ran"]
+
+
+@everywhere(*RETRIED)
+def test_conflict_of_the_request_makes_one_job(web, key):
+    left = [2]
+
+    def schedule(request):
+        sid = request.scheduler.schedule(note, key, left[0])
+        if left[0]:
+            left[0] -= 1
+            raise ConflictError
+        return sid
+
+    web.wait(web.do(schedule))
+    web.run(give, 1)
+    assert CALLS[key] == [0]
+
+
+@everywhere(*RETRIED)
+def test_repeat_of_a_request_finds_its_job_finished_and_leaves_it(web, key):
+    sids, left = [], [1]
+
+    def schedule(request):
+        sids.append(request.scheduler.schedule(note, key))
+        if len(sids) == 2:
+            web.wait(sids[0])
+        request.tm.get().join(LosesReply(left, ReplyLost()))
+        return sids[-1]
+
+    sid = web.do(schedule)
+    assert sids == [sid, sid]
+    web.run(give, 1)
+    web.run(give, 1)
+    assert CALLS[key] == [None]
+    assert web.status(sid).status == "successful"
+
+
+@in_both_stores
+def test_requests_make_jobs_of_their_own(web):
+    one, two = (web.schedule(give, 1) for _ in range(2))
+    assert one != two
+    web.wait(one)
+    web.wait(two)
+
+
+@in_both_stores
+def test_subrequest_that_copies_the_environ_makes_a_job_of_its_own(web, key):
+    def child(request):
+        return request.scheduler.schedule(note, key, "child")
+
+    def parent(request):
+        sid = request.scheduler.schedule(note, key, "parent")
+        web.registry.actions["child"] = child
+        copy = request.copy()
+        copy.headers["X-Action"] = "child"
+        for name in ("tm.active", "tm.manager"):
+            del copy.environ[name]  # so that it has a transaction of its own
+        request.invoke_subrequest(copy, use_tweens=True)
+        return sid, web.registry.outcomes["child"]
+
+    one, two = web.do(parent)
+    assert one != two
+    web.wait(one)
+    web.wait(two)
+    assert sorted(CALLS[key]) == ["child", "parent"]
+
+
+@in_both_stores
+def test_environ_that_is_used_twice_makes_two_jobs(web, key):
+    """As middleware does that calls the application again, for an error page perhaps."""
+    sids = []
+    web.registry.actions["again"] = lambda r: sids.append(r.scheduler.schedule(note, key))
+    environ = Request.blank("/do", headers={"X-Action": "again"}).environ
+    for _ in range(2):
+        Request(environ).get_response(web.app)
+    assert len(set(sids)) == 2
+    for sid in sids:
+        web.wait(sid)
+    assert CALLS[key] == [None, None]
+
+
+# -- arguments -----------------------------------------------------------------------------
+
+
+PATHS = {
+    "itself": (lambda obj: obj, []),
+    "list": (lambda obj: [0, obj], [1]),
+    "tuple": (lambda obj: (obj,), [0]),
+    "dict": (lambda obj: {"a": obj}, ["a"]),
+    "dict key": (lambda obj: {obj: 1}, ["first"]),
+    "set": (lambda obj: {obj}, ["first"]),
+    "frozenset": (lambda obj: frozenset([obj]), ["first"]),
+    "deep": (lambda obj: [{"a": ({"b": [{obj}]},)}], [0, "a", 0, "b", 0, "first"]),
+}
+
+
+@pytest.mark.parametrize("depth", PATHS)
+@with_zodb
+def test_persistent_argument_arrives_through_the_jobs_own_connection(web, depth):
+    wrap, path = PATHS[depth]
+    web.make()
+
+    def schedule(request):
+        thing = get_connection(request).root()["thing"]
+        return request.scheduler.schedule(arrived, wrap(thing), path=path)
+
+    assert web.outcome(web.do(schedule)) == (("thing", True), None)
+
+
+@with_zodb
+def test_job_sees_what_its_request_changed_after_it_was_scheduled(web):
+    web.make()
+
+    def schedule(request):
+        thing = get_connection(request).root()["thing"]
+        sid = request.scheduler.schedule(count_up, thing)
+        thing.count = 41
+        return sid
+
+    assert web.outcome(web.do(schedule)) == (42, None)
+    assert web.read(lambda root: root["thing"].count) == 42
+
+
+@with_zodb
+def test_new_object_is_an_argument_too(web):
+    def schedule(request):
+        thing = get_connection(request).root()["new"] = Thing("new")
+        return request.scheduler.schedule(arrived, thing, [])
+
+    assert web.outcome(web.do(schedule)) == (("new", True), None)
+
+
+@with_zodb
+def test_object_that_nothing_else_refers_to_is_an_argument_too(web):
+    def schedule(request):
+        return request.scheduler.schedule(arrived, [Thing("alone")], [0])
+
+    assert web.outcome(web.do(schedule)) == (("alone", True), None)
+
+
+@everywhere("two ZODBs, explicit, retry", "two ZODBs, default, once")
+def test_argument_from_a_named_database_arrives_and_is_changed(web):
+    web.make("here")
+    web.make("there", "other")
+
+    def schedule(request):
+        there = get_connection(request, "other").root()["there"]
+        here = get_connection(request).root()["here"]
+        return request.scheduler.schedule(count_up, there), request.scheduler.schedule(
+            arrived, [here, there], [1]
+        )
+
+    one, two = web.do(schedule)
+    assert web.outcome(one) == (1, None)
+    assert web.outcome(two) == (("there", True), None)
+    assert web.read(lambda root: root["there"].count, "other") == 1
+
+
+@with_zodb
+def test_persistent_context_arrives_bound_to_the_jobs_connection(web):
+    web.make()
+
+    def schedule(request):
+        thing = get_connection(request).root()["thing"]
+        return request.scheduler.schedule(from_context, PersistentContext(thing, named=thing))
+
+    assert web.outcome(web.do(schedule)) == ((1, True, True), None)
+    assert web.read(lambda root: root["thing"].count) == 1
+
+
+@with_zodb
+def test_object_that_is_gone_fails_its_job_alone(web):
+    web.make()
+
+    def schedule(request):
+        root = get_connection(request).root()
+        return request.scheduler.schedule(arrived, root["thing"], [])
+
+    with gate() as name:
+        # Both workers wait, so that the object can go before the third job begins.
+        others = [web.schedule(at_gate, name) for _ in range(2)]
+        third = web.do(schedule)
+        with web.databases[""].transaction() as connection:
+            del connection.root()["thing"]
+        pack_hard(web.databases[""])
+        GATES[name].opened.set()
+        for sid in others:
+            web.wait(sid)
+    value, error = web.outcome(third)
+    if error is None:  # the record keeps its arguments, where it is in the same database
+        assert value == ("thing", True)
+    else:
+        assert type(error) is ObjectGone
+    assert web.run(add, 1, 2) == 3
+
+
+def pack_hard(database):
+    database.pack()
+    for connection in database.pool.all:
+        connection.cacheMinimize()
+
+
+def test_foreign_object_is_refused_at_schedule(zodb):
+    with site(zodb=[""]) as stranger:
+        stranger.make()
+        with stranger.databases[""].transaction() as connection:
+            foreign = connection.root()["thing"]
+
+            def schedule(request):
+                with pytest.raises(NotSchedulable):
+                    request.scheduler.schedule(arrived, foreign, [])
+                return len(request.scheduler.jobs())
+
+            assert zodb.do(schedule) == 0
+
+
+# -- results -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [None, False, 0, (), [1, {"a": {2}}], b"\xff" * 100_000])
+@in_both_stores
+def test_result_comes_back_as_it_was(web, value):
+    assert web.run(give, value) == value
+
+
+@with_zodb
+def test_persistent_result_belongs_to_the_readers_connection(web):
+    sid = web.schedule(new_thing, "new")
+    web.wait(sid)
+
+    def collect(request):
+        [thing], _ = request.scheduler.get_result(sid)
+        return thing is get_connection(request).root()["new"], thing.name
+
+    assert web.do(collect) == (True, "new")
+
+
+@in_both_stores
+def test_result_stays_when_the_reader_aborts(web):
+    sid = web.schedule(give, 1)
+    web.wait(sid)
+
+    def collect_and_fail(request):
+        assert request.scheduler.get_result(sid) == (1, None)
+        raise Refused
+
+    with pytest.raises(Refused):
+        web.do(collect_and_fail)
+    assert web.do(lambda request: request.scheduler.get_result(sid)) == (1, None)
+
+
+@in_both_stores
+def test_result_can_be_read_twice_by_one_request(web):
+    sid = web.schedule(give, 1)
+    web.wait(sid)
+
+    def collect(request):
+        scheduler = request.scheduler
+        return scheduler.get_result(sid), scheduler.get_result(sid), scheduler.completed(sid)
+
+    assert web.do(collect) == ((1, None), (1, None), True)
+    assert web.status(sid) is None
+
+
+@in_both_stores
+def test_one_of_two_readers_at_once_gets_the_result(web):
+    sid = web.schedule(give, 1)
+    web.wait(sid)
+    with manager_of(web) as one, manager_of(web) as two:
+        for tm in (one, two):
+            tm.begin()
+            assert web.scheduler.using(tm=tm).get_result(sid) == (1, None)
+        one.commit()
+        with pytest.raises(ConflictError):
+            two.commit()
+        two.abort()
+
+
+@in_both_stores
+def test_dismissed_job_has_its_dismissal_for_a_result(web, at):
+    sid = web.schedule(at_gate, at)
+    assert web.do(lambda request: request.scheduler.cancel(sid))
+    value, error = web.do(lambda request: request.scheduler.get_result(sid))
+    assert (value, type(error)) == (None, JobDismissed)
+    assert web.status(sid) is None
+
+
+@in_both_stores
+def test_outcome_shows_status_and_value_and_removes_nothing(web):
+    sid = web.schedule(give, 1)
+    web.wait(sid)
+    for _ in range(2):
+        status, value = web.do(lambda request: request.scheduler.outcome(sid))
+        assert (status.status, value) == ("successful", 1)
+
+
+# -- functions -----------------------------------------------------------------------------
+
+
+def closure():
+    value = 1
+
+    def inner():
+        return value
+
+    return inner
+
+
+REFUSED = {
+    "lambda": (lambda: 1, "lambda"),
+    "closure": (closure(), "inside a function"),
+    "bound method": (Thing("bound").method, "bound method"),
+    "partial": (functools.partial(add, 1), "function of a module"),
+    "callable object": (Toolbox(), "function of a module"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_function_without_a_name_is_refused_where_jobs_outlive_the_process(zodb, name):
+    f, why = REFUSED[name]
+
+    def schedule(request):
+        with pytest.raises(NotSchedulable, match=why) as info:
+            request.scheduler.schedule(f)
+        assert repr(f) in str(info.value)
+        return request.scheduler.schedule(add, 1, 2)
+
+    assert zodb.outcome(zodb.do(schedule)) == (3, None)
+    assert len(zodb.ask(lambda scheduler: scheduler.jobs())) == 1
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_ram_accepts_any_callable(name):
+    with site() as web:
+        f, _why = REFUSED[name]
+        assert web.run(f) == f()
+
+
+@functools.wraps(add)
+def disguised(*args):  # pragma: no cover - refused
+    return "another function than its name says"
+
+
+def test_function_whose_name_is_anothers_is_refused(zodb):
+    def schedule(request):
+        with pytest.raises(NotSchedulable, match="test_scheduler:add is another object"):
+            request.scheduler.schedule(disguised, 1)
+
+    zodb.do(schedule)
+
+
+@pytest.mark.parametrize("f", [None, 1, "test_scheduler:add", ["add"]])
+@in_both_stores
+def test_what_is_no_function_is_refused(web, f):
+    def schedule(request):
+        with pytest.raises(NotSchedulable):
+            request.scheduler.schedule(f)
+        return len(request.scheduler.jobs())
+
+    assert web.do(schedule) == 0
+
+
+@pytest.mark.parametrize(
+    ("f", "value"),
+    [
+        (len, 3),
+        (tuple, (1, 2, 3)),
+        (Toolbox.static, ("static", [1, 2, 3])),
+        (Toolbox.of_class, ("Toolbox", [1, 2, 3])),
+    ],
+)
+@in_both_stores
+def test_whatever_has_a_name_can_be_scheduled(web, f, value):
+    assert web.run(f, [1, 2, 3]) == value
+
+
+@with_zodb
+def test_transactional_function_joins_the_jobs_transaction(web):
+    web.make()
+
+    def schedule(request):
+        thing = get_connection(request).root()["thing"]
+        return request.scheduler.schedule(count_transactionally, thing)
+
+    assert web.outcome(web.do(schedule)) == (None, None)
+    assert web.read(lambda root: root["thing"].count) == 1
+
+
+@in_both_stores
+def test_async_function_runs_to_its_end_in_the_jobs_thread(web):
+    sid = web.schedule(add_slowly, 1, 2)
+    assert web.outcome(sid) == ((3, sid), None)
+    assert str(web.fails(fail_slowly)) == "slowly"
+
+
+# -- options -------------------------------------------------------------------------------
+
+
+@in_both_stores
+def test_title_is_shown_and_chained_options_add_up(web):
+    def schedule(request):
+        plain = request.scheduler
+        titled = plain.using(title="First", result_timeout=5)
+        return [s.schedule(give, 1) for s in (plain, titled, titled.using(title="Second"))]
+
+    sids = web.do(schedule)
+    for sid in sids:
+        web.wait(sid)
+    plain, first, second = map(web.status, sids)
+    assert [status.title for status in (plain, first, second)] == [None, "First", "Second"]
+    assert round(first.expires - first.finished) == round(second.expires - second.finished) == 5
+    assert round(plain.expires - plain.finished) == 3600
+
+
+@in_both_stores
+def test_option_that_is_none_is_the_default(web):
+    sid = web.schedule(give, 1, title=None, timeout=None, result_timeout=None, max_attempts=None)
+    assert web.outcome(sid) == (1, None)
+    assert web.status(sid).title is None
+
+
+BAD_OPTIONS = [
+    dict(titel="T"),
+    dict(title=1),
+    dict(timeout=-1),
+    dict(timeout="1"),
+    dict(timeout=float("nan")),
+    dict(timeout=float("inf")),
+    dict(timeout=True),
+    dict(result_timeout=-1),
+    dict(max_attempts=0),
+    dict(max_attempts=1.5),
+    dict(max_attempts=True),
+    dict(queue=""),
+]
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS, ids=repr)
+@in_both_stores
+def test_bad_option_is_refused_by_its_name(web, options):
+    def schedule(request):
+        [(name, value)] = options.items()
+        with pytest.raises(NotSchedulable, match=name) as info:
+            request.scheduler.using(**options)
+        assert name == "titel" or repr(value) in str(info.value)
+
+    web.do(schedule)
+
+
+def test_unknown_option_names_the_known_ones(zodb):
+    with pytest.raises(NotSchedulable, match=r"no option 'colour'; known: .*title.*max_attempts"):
+        zodb.scheduler.using(colour="red")
+
+
+@in_both_stores
+def test_timeout_ends_the_job_as_failed_at_its_next_check(web, key, at):
+    sid = web.schedule(wait_until_told, at, key, timeout=0.01)
+    web.wait(sid)
+    assert web.status(sid).status == "failed"
+    assert web.status(sid).failure.class_name == "JobTimeout"
+    assert [type(error).__name__ for error in CALLS[key]] == ["JobTimeout"]
+
+
+@in_both_stores
+def test_key_makes_one_job_until_it_is_finished(web, at):
+    def schedule(request):
+        return request.scheduler.using(key="report").schedule(at_gate, at)
+
+    first = web.do(schedule)
+    assert web.do(schedule) == first
+    GATES[at].opened.set()
+    web.wait(first)
+    second = web.do(schedule)
+    assert second != first
+    web.wait(second)
+
+
+@in_both_stores
+def test_key_makes_one_job_within_one_request(web):
+    def schedule(request):
+        scheduler = request.scheduler.using(key="k")
+        return [scheduler.schedule(give, n) for n in range(3)]
+
+    sids = web.do(schedule)
+    assert len(set(sids)) == 1
+    assert web.outcome(sids[0]) == (0, None)
+
+
+@in_both_stores
+def test_retry_on_tries_again_and_the_success_shows_no_failure(web, key, monkeypatch):
+    monkeypatch.setattr("pyramid_async.worker.backoff", lambda *args, **kw: iter([0.0] * 5))
+    sid = web.schedule(fail_first, key, retry_on=(KeyError, OSError), max_attempts=3)
+    assert web.outcome(sid) == (2, None)
+    status = web.status(sid)
+    assert (status.status, status.failure, status.attempts) == ("successful", None, 2)
+
+
+def fail_first(key):
+    note(key)
+    if len(CALLS[key]) < 2:
+        raise FileNotFoundError("not yet")
+    return current_job().attempt
+
+
+@in_both_stores
+def test_retry_on_ends_with_max_attempts(web, key, monkeypatch):
+    monkeypatch.setattr("pyramid_async.worker.backoff", lambda *args, **kw: iter([0.0] * 5))
+    sid = web.schedule(note_and_fail, key, retry_on=ZeroDivisionError, max_attempts=3)
+    _value, error = web.outcome(sid)
+    assert type(error) is ZeroDivisionError
+    assert CALLS[key] == [1, 2, 3]
+
+
+def note_and_fail(key):
+    note(key, current_job().attempt)
+    raise ZeroDivisionError
+
+
+@in_both_stores
+def test_error_that_retry_on_does_not_name_fails_at_once(web, key):
+    sid = web.schedule(note_and_fail, key, retry_on=OSError)
+    assert type(web.outcome(sid)[1]) is ZeroDivisionError
+    assert CALLS[key] == [1]
+
+
+@in_both_stores
+def test_run_after_runs_the_job_then_and_not_before(web):
+    sid = web.schedule(give, 1, run_after=0.1)
+    assert web.outcome(sid) == (1, None)
+    status = web.status(sid)
+    assert status.started >= status.created + 0.1
+
+
+# -- status and jobs -----------------------------------------------------------------------
+
+
+@in_both_stores
+def test_status_tells_a_jobs_life(web, at):
+    sid = web.schedule(at_gate, at, 1, user="ann", title="T")
+    GATES[at].reach()
+    running = web.status(sid)
+    GATES[at].opened.set()
+    web.wait(sid)
+    done = web.status(sid)
+    assert (running.status, running.done, done.status, done.done) == (
+        "running",
+        False,
+        "successful",
+        True,
+    )
+    assert (done.sid, done.owner, done.title, done.progress) == (sid, "ann", "T", 100)
+    assert done.created <= done.started <= done.finished < done.expires
+    assert done.revision > running.revision
+    assert isinstance(done, JobStatus)
+    with pytest.raises(AttributeError):
+        done.status = "failed"
+
+
+@in_both_stores
+def test_status_of_a_failure_tells_operators_everything(web):
+    sid = web.schedule(fail, "why")
+    web.wait(sid)
+    failure = web.status(sid).failure
+    assert (failure.class_name, failure.message, failure.text) == ("ZeroDivisionError", "why", None)
+    assert "in fail" in failure.traceback
+
+
+@in_both_stores
+def test_jobs_are_the_users_own_newest_first(web):
+    sids = []
+    for user in ("ann", "bob", "ann", None):
+        sids.append(web.schedule(give, 1, user=user))
+        web.wait(sids[-1])
+
+    def own(user):
+        return web.do(lambda r: [job.sid for job in r.scheduler.jobs()], user=user)
+
+    assert own("ann") == [sids[2], sids[0]]
+    assert own("bob") == [sids[1]]
+    assert own("eve") == []
+
+
+@in_both_stores
+def test_jobs_are_chosen_by_status(web, at):
+    done = web.schedule(give, 1)
+    failed = web.schedule(fail)
+    web.wait(done)
+    web.wait(failed)
+    running = web.schedule(at_gate, at)
+    GATES[at].reach()
+
+    def chosen(status):
+        return [job.sid for job in web.ask(lambda scheduler: scheduler.jobs(status))]
+
+    assert chosen("successful") == [done]
+    assert chosen("running") == [running]
+    assert set(chosen(("running", "failed"))) == {running, failed}
+    assert set(chosen(None)) == {done, failed, running}
+    assert chosen("dismissed") == []
+
+
+@in_both_stores
+def test_jobs_scheduled_by_this_very_transaction_are_listed(web):
+    def schedule(request):
+        sid = request.scheduler.schedule(give, 1)
+        [job] = request.scheduler.jobs()
+        assert (job.sid, job.status) == (sid, "accepted")
+        return sid
+
+    web.wait(web.do(schedule, user="ann"))
+
+
+@in_both_stores
+def test_whoever_is_not_known_lists_no_jobs(web):
+    def schedule(request):
+        request.scheduler.schedule(give, 1)
+        assert request.scheduler.jobs() == []
+
+    web.do(schedule)
+
+
+@in_both_stores
+def test_without_a_request_everybodys_jobs_are_listed(web):
+    sids = {web.schedule(give, 1, user="ann"), web.schedule(give, 1)}
+    unbound = web.registry.getUtility(IScheduler)
+    assert {job.sid for job in unbound.transact(lambda s: s.jobs())} == sids
+    for sid in sids:
+        web.wait(sid)
+
+
+@in_both_stores
+def test_accepted_answers_for_jobs_of_requests_alone(web):
+    with pytest.raises(JobNotFound, match="unknown"):
+        web.do(lambda request: request.scheduler.accepted("00"))
+    sid = web.schedule(give, 1)
+    web.wait(sid)
+    with pytest.raises(TypeError, match=r"request\.scheduler"):
+        web.ask(lambda scheduler: scheduler.accepted(sid))
+
+
+def test_full_ram_store_refuses_and_the_request_goes_on(at):
+    with site({"async.max_pending": "1"}) as web:
+        first = web.schedule(at_gate, at)
+
+        def schedule(request):
+            with pytest.raises(SchedulerFull):
+                request.scheduler.schedule(give, 1)
+            return "went on"
+
+        assert web.do(schedule) == "went on"
+        GATES[at].opened.set()
+        web.wait(first)
+
+
+def test_job_accepted_while_the_one_before_has_not_quite_ended_runs(at):
+    """A finished job leaves its place in the store before it leaves its thread."""
+    with site({"async.max_pending": "1", "async.workers": "1"}) as web, gate() as ending:
+
+        def linger(event):
+            if event.sid == first:
+                GATES[ending].pass_through()
+
+        web.registry.registerHandler(linger, [IJobFinished])
+        first = web.schedule(at_gate, at)
+        GATES[at].opened.set()
+        GATES[ending].reach()
+        second = web.schedule(give, 2)
+        assert web.executor.held == {first, second}
+        GATES[ending].opened.set()
+        assert web.outcome(second) == (2, None)
+
+
+# -- cancel and remove ---------------------------------------------------------------------
+
+
+@with_zodb
+def test_effects_of_a_job_cancelled_while_it_runs_never_come(web, key, at):
+    sid = web.schedule(mark_then, at, key)
+    GATES[at].reach()
+    assert web.do(lambda request: request.scheduler.cancel(sid)) is True
+    GATES[at].opened.set()
+    web.run(give, 1)
+    web.run(give, 1)
+    assert web.status(sid).status == "dismissed"
+    assert web.read(lambda root: root.get("marked")) is None
+
+
+@with_zodb
+def test_effects_of_a_job_removed_while_it_runs_never_come(web, key, at):
+    sid = web.schedule(mark_then, at, key)
+    GATES[at].reach()
+    web.do(lambda request: request.scheduler.remove(sid))
+    assert web.status(sid) is None
+    GATES[at].opened.set()
+    web.run(give, 1)
+    web.run(give, 1)
+    assert web.read(lambda root: root.get("marked")) is None
+
+
+@in_both_stores
+def test_job_cancelled_before_it_began_never_runs(web, key, at):
+    blocking = [web.schedule(at_gate, at) for _ in range(2)]
+    sid = web.schedule(note, key)
+    assert web.do(lambda request: request.scheduler.cancel(sid)) is True
+    GATES[at].opened.set()
+    for blocked in blocking:
+        web.wait(blocked)
+    web.run(give, 1)
+    web.run(give, 1)
+    assert CALLS[key] == []
+    assert web.status(sid).status == "dismissed"
+
+
+@in_both_stores
+def test_running_job_is_told_of_its_dismissal_at_its_next_check(web, key, at, wait_for):
+    sid = web.schedule(wait_until_told, at, key)
+    GATES[at].reach()
+    web.do(lambda request: request.scheduler.cancel(sid))
+    [told] = wait_for(lambda: CALLS[key])
+    assert type(told) is JobDismissed
+    assert web.told == []
+
+
+@in_both_stores
+def test_cancel_says_whether_this_call_did_it(web, at):
+    sid = web.schedule(at_gate, at)
+    GATES[at].reach()
+
+    def cancel(request):
+        return [request.scheduler.cancel(sid) for _ in range(2)]
+
+    assert web.do(cancel) == [True, False]
+    assert web.do(cancel) == [False, False]
+    done = web.schedule(give, 1)
+    web.wait(done)
+    assert web.do(lambda request: request.scheduler.cancel(done)) is False
+    assert web.status(done).status == "successful"
+
+
+@in_both_stores
+def test_cancel_that_is_aborted_cancels_nothing(web, at):
+    sid = web.schedule(at_gate, at, 1)
+    GATES[at].reach()
+
+    def cancel(request):
+        assert request.scheduler.cancel(sid)
+        request.tm.doom()
+
+    web.do(cancel)
+    GATES[at].opened.set()
+    assert web.outcome(sid) == (1, None)
+
+
+@in_both_stores
+def test_removing_a_finished_job_forgets_it(web):
+    sid = web.schedule(give, 1)
+    web.wait(sid)
+    web.do(lambda request: request.scheduler.remove(sid))
+    assert web.status(sid) is None
+    web.do(lambda request: request.scheduler.remove(sid))
+
+
+@in_both_stores
+def test_dismissal_that_comes_before_the_jobs_commit_wins(web, key, at):
+    """The job has called its function and begins to commit; the dismissal commits first."""
+    sid = web.schedule(mark_with, (at, "tpc_begin", "!first"), key)
+    GATES[at].reach()
+    assert web.do(lambda request: request.scheduler.cancel(sid)) is True
+    GATES[at].opened.set()
+    web.run(give, 1)
+    web.run(give, 1)
+    assert web.status(sid).status == "dismissed"
+    if web.databases:
+        assert web.read(lambda root: root.get("marked")) is None
+
+
+@in_both_stores
+def test_dismissal_that_comes_after_the_jobs_vote_conflicts(web, key, at):
+    """The job's commit can no longer fail; the dismissal must."""
+    sid = web.schedule(mark_with, (at, "tpc_vote", "~~last"), key)
+    GATES[at].reach()
+    outcome = []
+
+    def commit():
+        # Refused at once by one store, held until the job has finished by the other.
+        try:
+            tm.commit()
+        except ConflictError as error:
+            outcome.append(error)
+            tm.abort()
+
+    with manager_of(web) as tm:
+        tm.begin()
+        assert web.scheduler.using(tm=tm).cancel(sid) is True
+        thread = threading.Thread(target=commit)
+        thread.start()
+        GATES[at].opened.set()
+        thread.join(10)
+    assert web.outcome(sid) == (key, None)
+    assert len(outcome) == 1
+    assert web.status(sid).status == "successful"
+    if web.databases:
+        assert web.read(lambda root: root["marked"]) == key
+
+
+@everywhere(*[name for name in ALL if name.endswith("retry")])
+def test_cancel_that_conflicts_is_decided_anew(web, at):
+    sid = web.schedule(at_gate, at, 1)
+    GATES[at].reach()
+    said = []
+
+    def cancel(request):
+        said.append(request.scheduler.cancel(sid))
+        if len(said) == 1:
+            GATES[at].opened.set()
+            web.wait(sid)
+        return said
+
+    assert web.do(cancel) == [True, False]
+    assert web.status(sid).status == "successful"
+
+
+# -- the job's request ---------------------------------------------------------------------
+
+
+def add_ons(config):
+    config.add_request_method(lambda request, name: f"hello {name}", "greet")
+    config.add_request_method(lambda request: f"lang of {request.host}", "lang", reify=True)
+    config.add_request_method(lambda request: request.tm, "session_like", property=True)
+
+
+def greet_from_job(name):
+    return current_job().request.greet(name)
+
+
+@pytest.mark.parametrize("kind", SOME)
+def test_request_methods_of_other_add_ons_work_in_a_job(kind):
+    with site(**{**ALL[kind], "configure": add_ons}) as web:
+        assert web.run(greet_from_job, "ann") == "hello ann"
+        assert web.run(look_around, "lang") == ["lang of localhost:80"]
+        assert web.run(tm_is_shared) is True
+
+
+def tm_is_shared():
+    request = current_job().request
+    connection = own_connection_or_none()
+    return request.session_like is request.tm and (
+        connection is None
+        or connection.transaction_manager is getattr(request.tm, "manager", request.tm)
+        or connection.transaction_manager is request.tm
+    )
+
+
+class OwnRequest(Request):
+    shape = "of the application"
+
+
+@in_both_stores
+def test_job_gets_a_request_of_the_applications_own_kind(web):
+    def configure(config):
+        config.set_request_factory(OwnRequest)
+
+    with site(configure=configure) as own:
+        assert own.run(look_around, "shape") == ["of the application"]
+
+
+@in_both_stores
+def test_manager_of_the_job_is_made_as_the_application_has_it(web):
+    [kind] = web.run(kind_of_manager)
+    assert kind is True
+
+
+def kind_of_manager():
+    tm = current_job().request.tm
+    return [isinstance(tm, transaction.TransactionManager) and tm.explicit]
+
+
+def test_manager_hook_is_asked_for_the_jobs_request(key):
+    with site({"tm.manager_hook": manager_hook}, zodb=[""]) as web:
+        HOOKED.clear()
+        assert web.run(give, 1) == 1
+        assert len(HOOKED) >= 2
+
+
+HOOKED = []
+
+
+def manager_hook(request):
+    HOOKED.append(request)
+    return pyramid_tm.explicit_manager(request)
+
+
+@everywhere_of_some
+def test_user_and_host_are_those_of_the_scheduling_request(web):
+    def schedule(request):
+        names = ("authenticated_userid", "scheme", "host", "script_name", "application_url")
+        return request.scheduler.schedule(look_around, *names)
+
+    sid = web.do(
+        schedule,
+        user="ann",
+        HTTP_HOST="shop.example.org:8443",
+        SCRIPT_NAME="/app",
+        **{"wsgi.url_scheme": "https"},
+    )
+    assert web.outcome(sid)[0] == [
+        "ann",
+        "https",
+        "shop.example.org:8443",
+        "/app",
+        "https://shop.example.org:8443/app",
+    ]
+
+
+@in_both_stores
+def test_job_of_nobody_has_no_user(web):
+    assert web.run(look_around, "authenticated_userid") == [None]
+
+
+@in_both_stores
+def test_root_factory_sees_the_jobs_user(web):
+    web.registry.roots_made_for.clear()
+    sid = web.schedule(give, 1, user="ann")
+    web.wait(sid)
+    assert set(web.registry.roots_made_for) <= {"ann"}
+    assert "ann" in web.registry.roots_made_for
+
+
+@in_both_stores
+def test_request_is_the_current_one_of_its_thread_and_leaves_nothing_behind(web):
+    for _ in range(3):
+        assert web.run(is_surrounded) == (True, True, 1)
+
+
+def test_root_factory_that_fails_fails_the_job_and_leaves_nothing_behind():
+    def configure(config):
+        config.commit()
+        config.set_root_factory(BreakableRoot)
+
+    with site({"async.workers": "1"}, configure=configure) as web:
+        BreakableRoot.broken = True
+        try:
+            errors = [web.fails(give, 1) for _ in range(2)]
+        finally:
+            BreakableRoot.broken = False
+        assert [str(error) for error in errors] == ["the root of all evil"] * 2
+        assert web.run(is_surrounded) == (True, True, 1)
+
+
+class BreakableRoot(Root):
+    broken = False
+
+    def __init__(self, request):
+        super().__init__(request)
+        if self.broken and request.path_info != "/do":
+            raise ZeroDivisionError("the root of all evil")
+
+
+@everywhere_of_some
+def test_finished_callbacks_of_the_jobs_request_are_called(web, key):
+    assert web.run(add_callback, key, "ran") == "ran"
+    web.run(give, 1)
+    web.run(give, 1)
+    assert CALLS[key] == [("ran", "user", None)]
+
+
+def add_callback(key, value):
+    current_job().request.add_finished_callback(
+        lambda request: note(key, (value, "user", request.authenticated_userid))
+    )
+    return value
+
+
+@in_both_stores
+def test_finished_callback_may_ask_for_the_user_when_the_job_failed(web, key):
+    """The connection is closed and the job's record a ghost by then."""
+    sid = web.schedule(add_callback_and_fail, key, user="ann")
+    web.wait(sid)
+    web.run(give, 1)
+    web.run(give, 1)
+    assert CALLS[key] == [(None, "user", "ann")]
+
+
+def add_callback_and_fail(key):
+    add_callback(key, None)
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("options", [STORES["no ZODB"], STORES["ZODB"]])
+def test_finished_callback_that_fails_spoils_nothing(options, caplog):
+    with site({"async.workers": "1"}, **options) as web:
+        sid = web.schedule(add_failing_callback)
+        assert web.outcome(sid) == ("done", None)
+        assert web.status(sid).status == "successful"
+        assert web.run(is_surrounded) == (True, True, 1)
+        assert (sid, "successful") in web.told
+    assert not [r for r in caplog.records if "failed, errorID" in r.getMessage()]
+
+
+def add_failing_callback():
+    current_job().request.add_finished_callback(lambda request: 1 / 0)
+    return "done"
+
+
+@in_both_stores
+def test_job_schedules_a_job(web, key):
+    sid = web.run(schedule_another, key, "second", user="ann")
+    web.wait(sid)
+    assert CALLS[key] == ["second"]
+    assert web.status(sid).owner == "ann"
+
+
+@in_both_stores
+def test_job_that_fails_schedules_nothing(web, key):
+    web.fails(schedule_another_and_fail, key)
+    web.run(give, 1)
+    web.run(give, 1)
+    assert CALLS[key] == []
+
+
+def schedule_another_and_fail(key):
+    schedule_another(key)
+    raise ZeroDivisionError
+
+
+@in_both_stores
+def test_transaction_tells_whose_job_it_is(web):
+    sid = web.schedule(look_at_transaction, user="ann")
+    (user, description, extended, own), _ = web.outcome(sid)
+    assert user.strip() == "ann"
+    assert sid in description
+    assert (extended, own) == (sid, sid)
+
+
+def test_undo_log_tells_the_sid(file_db, tmp_path):
+    uri = f"file://{tmp_path}/own.fs"
+    with site({**EXPLICIT, "zodbconn.uri": uri}, zodb=[""]) as web:
+        pass
+    with site(EXPLICIT | {"zodbconn.uri": uri}, zodb=[""]) as web:
+        sid = web.schedule(give, 1, user="ann")
+        web.wait(sid)
+        found = [e for e in web.databases[""].undoLog(0, 20) if e.get("pyramid_async") == sid]
+        assert len(found) == 1
+
+
+# -- events --------------------------------------------------------------------------------
+
+
+@in_both_stores
+def test_event_is_sent_once_for_each_finished_job(web):
+    done, failed = web.schedule(give, 1), web.schedule(fail)
+    web.wait(done)
+    web.wait(failed)
+    web.run(give, 1)
+    assert sorted(web.told[:2]) == sorted([(done, "successful"), (failed, "failed")])
+    assert len(web.told) == 3
+
+
+@in_both_stores
+def test_subscriber_sees_the_committed_job(web):
+    seen = []
+    web.registry.registerHandler(lambda event: seen.append(web.status(event.sid)), [IJobFinished])
+    sid = web.schedule(give, 1)
+    web.run(give, 1)
+    web.wait(sid)
+    assert {status.status for status in seen} == {"successful"}
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit, asyncio.CancelledError])
+@in_both_stores
+def test_subscriber_that_fails_costs_neither_job_nor_thread(web, caplog, error):
+    failing = [True]
+
+    def subscriber(event):
+        if failing[0]:
+            raise error
+
+    web.registry.registerHandler(subscriber, [IJobFinished])
+    threads = list(web.executor.threads)
+    sids = [web.schedule(give, 1) for _ in range(4)]
+    for sid in sids:
+        web.wait(sid)
+    failing[0] = False
+    assert web.run(give, 1) == 1
+    assert all(thread.is_alive() for thread in threads)
+    assert {web.status(sid).status for sid in sids} == {"successful"}
+    assert any("subscriber failed" in record.message for record in caplog.records)
+
+
+# -- without a request ---------------------------------------------------------------------
+
+
+def test_scheduler_provides_its_interface(zodb):
+    assert verifyObject(IScheduler, zodb.scheduler, tentative=True)
+
+
+@in_both_stores
+def test_unbound_scheduler_works_in_the_threads_own_transaction(web):
+    scheduler = web.scheduler
+    transaction.begin()
+    sid = scheduler.schedule(add, 1, 2)
+    assert scheduler.completed(sid) is False
+    transaction.commit()
+    web.wait(sid)
+    transaction.begin()
+    assert scheduler.get_result(sid) == (3, None)
+    transaction.commit()
+    assert scheduler.get_result(sid) is None
+    transaction.abort()
+
+
+@in_both_stores
+def test_unbound_scheduler_takes_a_transaction_manager(web):
+    with manager_of(web) as tm:
+        with tm:
+            sid = web.scheduler.using(tm=tm).schedule(add, 1, 2)
+        web.wait(sid)
+        with tm:
+            assert web.scheduler.using(tm=tm, title="T").get_result(sid) == (3, None)
+        with tm:
+            assert web.scheduler.using(tm=tm).get_result(sid) is None
+
+
+@in_both_stores
+def test_requests_scheduler_can_work_in_another_transaction(web):
+    """As for a job that must run although the request fails."""
+    sids = []
+
+    def schedule(request):
+        with manager_of(web) as tm, tm:
+            sids.append(request.scheduler.using(tm=tm).schedule(add, 1, 2))
+        raise Refused
+
+    with pytest.raises(Refused):
+        web.do(schedule)
+    assert web.outcome(sids[0]) == (3, None)
+
+
+@with_zodb
+def test_unbound_scheduler_keeps_no_connection_of_managers_that_are_gone(web):
+    def open_connections():
+        return sum(1 for connection in web.databases[""].pool.all if connection.opened)
+
+    before = open_connections()
+
+    def use():
+        tm = transaction.TransactionManager()
+        assert web.scheduler.using(tm=tm).completed(uuid4().hex) is None
+        tm.abort()
+
+    for _ in range(5):
+        use()
+    gc.collect()
+    assert open_connections() <= before + 1
+
+
+@with_zodb
+def test_unbound_scheduler_keeps_no_connection_of_threads_that_have_ended(web):
+    def open_connections():
+        return sum(1 for connection in web.databases[""].pool.all if connection.opened)
+
+    before = open_connections()
+
+    def use():
+        assert web.scheduler.completed(uuid4().hex) is None
+        transaction.abort()
+
+    for _ in range(5):
+        thread = threading.Thread(target=use)
+        thread.start()
+        thread.join(10)
+    gc.collect()
+    assert open_connections() <= before + 1
+
+
+def test_work_of_transact_is_repeated_after_a_conflict(zodb):
+    left = [2]
+
+    def work(scheduler):
+        if left[0]:
+            left[0] -= 1
+            raise ConflictError
+        return scheduler.schedule(add, 1, 2)
+
+    assert zodb.outcome(zodb.scheduler.transact(work)) == (3, None)
+
+
+# -- configuration -------------------------------------------------------------------------
+
+
+def configured(settings=(), *includes):
+    with Configurator(settings=dict(settings)) as config:
+        for name in includes:
+            config.include(name)
+    return config.registry.getUtility(IScheduler)
+
+
+MEMORY = {"zodbconn.uri": "memory://configured"}
+
+
+@pytest.mark.parametrize(
+    "includes",
+    [("pyramid_zodbconn", "pyramid_async"), ("pyramid_async", "pyramid_zodbconn")],
+)
+def test_store_is_the_zodb_where_there_is_one(includes):
+    scheduler = configured(MEMORY, *includes)
+    assert type(scheduler.store).__name__ == "ZodbStore"
+    scheduler.store.db.close()
+
+
+def test_store_is_ram_where_there_is_no_zodb():
+    assert type(configured((), "pyramid_async").store).__name__ == "RamStore"
+    assert type(configured({}, "pyramid_zodbconn", "pyramid_async").store).__name__ == "RamStore"
+
+
+def test_store_that_is_missing_stops_the_start():
+    with pytest.raises(ConfigurationError, match=r"async\.store is zodb.*zodbconn\.uri"):
+        configured({"async.store": "zodb"}, "pyramid_async")
+
+
+def test_bad_setting_stops_the_start():
+    with pytest.raises(ConfigurationError, match=r"async\.workers is 'many'"):
+        configured({"async.workers": "many"}, "pyramid_async")
+
+
+def test_scheduler_that_the_application_registered_wins():
+    own = object.__new__(Scheduler)
+    with Configurator(settings={}) as config:
+        config.registry.registerUtility(own, IScheduler)
+        config.include("pyramid_async")
+    assert config.registry.getUtility(IScheduler) is own
+
+
+def test_configuring_starts_nothing():
+    before = threading.active_count()
+    configured((), "pyramid_async")
+    assert threading.active_count() == before
+
+
+def test_application_without_the_zodb_starts_no_thread_before_the_first_job():
+    with site() as web:
+        assert web.executor.threads == []
+        web.run(give, 1)
+        assert [thread.name for thread in web.executor.threads] == [
+            "pyramid_async-worker-1",
+            "pyramid_async-worker-2",
+        ]
+
+
+def test_nothing_warns_in_a_life_of_many_jobs(caplog):
+    """Pools are sized for all connections that requests, workers and recovery open."""
+    with caplog.at_level(logging.WARNING), site(zodb=[""]) as web:
+        with gate() as name:
+            blocking = [web.schedule(at_gate, name) for _ in range(2)]
+            for _ in range(20):
+                web.schedule(fail)
+            GATES[name].reach()
+        for sid in blocking:
+            web.wait(sid)
+        web.run(give, 1)
+        web.run(give, 1)
+    assert [r for r in caplog.records if r.name.startswith("ZODB")] == []
+
+
+def test_exceptions_of_the_library_survive_the_store(zodb):
+    error = zodb.fails(raise_job_failed)
+    assert (type(error), str(error)) == (JobFailed, "Name: message")
+
+
+def raise_job_failed():
+    raise JobFailed("Name", "message")

@@ -1,0 +1,1314 @@
+"""The contract of IJobStore: one suite, run against the RAM store and the ZODB store.
+
+With the marker ``services`` also against the ZODB store on a ZEO server and on PostgreSQL,
+where transactions go in turn to two clients, as if two processes shared the storage.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict, namedtuple
+from contextlib import contextmanager, suppress
+from copy import deepcopy
+from itertools import count, cycle
+
+import pytest
+import transaction
+import ZODB
+from crash.storages import HistoryFree, RelStorage
+from persistent import Persistent
+from transaction.interfaces import NoTransaction, TransientError
+from ZODB.MappingStorage import MappingStorage
+from ZODB.POSException import ConflictError
+
+from pyramid_async.interfaces import (
+    IJobStore,
+    IJobTable,
+    InvalidTransition,
+    NotSchedulable,
+    SchedulerFull,
+)
+from pyramid_async.jobs import (
+    ACCEPTED,
+    DISMISSED,
+    FAILED,
+    RUNNING,
+    STATUSES,
+    SUCCESSFUL,
+    TRANSITIONS,
+    JobRecord,
+)
+from pyramid_async.process import Connections, manager_itself
+from pyramid_async.ram import RamStore
+from pyramid_async.zodb import INLINE_PAYLOAD, ZodbStore
+
+NOW = 1_000_000.0
+SID = "0123456789abcdef0123456789abcdef"
+OTHER = "fedcba9876543210fedcba9876543210"
+
+Pair = namedtuple("Pair", "first second")
+
+
+class Thing(Persistent):
+    """An object of the application."""
+
+    def __init__(self, name):
+        self.name = name
+
+
+class Clock:
+    """A clock that stands still."""
+
+    def __init__(self, now=NOW):
+        self.now = now
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def databases(request):
+    """A database of the application, beside whichever store; two clients of a shared one."""
+    kind = getattr(request.node, "callspec", None) and request.node.callspec.params.get("store")
+    shared = SHARED.get(kind)
+    made = request.getfixturevalue(shared) if shared else [ZODB.DB(MappingStorage())]
+    yield made
+    transaction.abort()
+    for db in made:
+        db.close()
+
+
+@pytest.fixture
+def database(databases):
+    return databases[0]
+
+
+@pytest.fixture
+def zodb_store(database, clock):
+    store = ZodbStore(database, clock=clock)
+    store.install()
+    return store
+
+
+# -- storages that processes share
+
+
+class InTurn:
+    """Gives each transaction manager a connection of the next client."""
+
+    def __init__(self, databases):
+        self.clients = [Connections(db) for db in databases]
+        self.turn = cycle(self.clients)
+
+    def open(self, tm):
+        client = vars(manager_itself(tm)).setdefault("client", next(self.turn))
+        return client.open(tm)
+
+    def release(self, tm):
+        vars(manager_itself(tm)).pop("client", None)
+        for client in self.clients:
+            client.release(tm)
+
+
+@pytest.fixture
+def shared_store(databases, zodb_store):
+    zodb_store.connections = InTurn(databases)
+    return zodb_store
+
+
+@pytest.fixture
+def zeo():
+    import ZEO
+
+    address, stop = ZEO.server()
+    yield [ZEO.DB(address, server_sync=True) for _ in range(2)]
+    stop()
+
+
+@pytest.fixture(scope="module")
+def postgresql(tmp_path_factory):
+    """The names of two databases of our own in PostgreSQL, by kind."""
+    kinds = {"relstorage": RelStorage, "relstorage-hf": HistoryFree}
+    made = {name: kind(tmp_path_factory.mktemp(name)) for name, kind in kinds.items()}
+    for name, storage in made.items():
+        storage.database = f"stores_{name.replace('-', '_')}_{os.getpid()}"
+        storage.start()
+    yield {name: storage.database for name, storage in made.items()}
+    for storage in made.values():
+        storage.stop()
+
+
+def relstorage(database, keep_history):
+    from relstorage.adapters.postgresql import PostgreSQLAdapter
+    from relstorage.options import Options
+    from relstorage.storage import RelStorage
+
+    options = Options(keep_history=keep_history)
+    dsn = f"dbname={database} user=postgres host=127.0.0.1"
+    return RelStorage(PostgreSQLAdapter(dsn, options=options), options=options)
+
+
+@pytest.fixture
+def emptied(request, postgresql):
+    kind = request.node.callspec.params["store"]
+    storages = [relstorage(postgresql[kind], kind == "relstorage") for _ in range(2)]
+    storages[0].zap_all()
+    return [ZODB.DB(storage) for storage in storages]
+
+
+# Kind of a storage that processes share -> fixture of its clients.
+SHARED = {"zeo": "zeo", "relstorage": "emptied", "relstorage-hf": "emptied"}
+
+
+@pytest.fixture
+def ram_store(clock):
+    return RamStore(clock=clock)
+
+
+@pytest.fixture(
+    params=["ram", "zodb", *[pytest.param(kind, marks=pytest.mark.services) for kind in SHARED]]
+)
+def store(request):
+    kind = "shared" if request.param in SHARED else request.param
+    return request.getfixturevalue(f"{kind}_store")
+
+
+class View:
+    """One transaction and what the store shows it."""
+
+    def __init__(self, store):
+        self.store = store
+        self.tm = transaction.TransactionManager(explicit=True)
+        self.tm.begin()
+        self.table = store.table(self.tm)
+
+    def add(self, sid=SID, **facts):
+        record = JobRecord(sid, self.store.clock(), self.store.reference(int), **facts)
+        self.table.add(record)
+        return record
+
+    def get(self, sid=SID):
+        return self.table.get(sid)
+
+    def commit(self):
+        self.tm.commit()
+
+
+@contextmanager
+def view(store):
+    seen = View(store)
+    try:
+        yield seen
+    finally:
+        with suppress(NoTransaction):
+            seen.tm.abort()
+        store.release(seen.tm)
+
+
+@contextmanager
+def committed(store):
+    with view(store) as seen:
+        yield seen
+        seen.commit()
+
+
+def add(store, sid=SID, **facts):
+    with committed(store) as seen:
+        seen.add(sid, holder=store.process, **facts)
+
+
+def finish(record, status=SUCCESSFUL, keep=100):
+    if record.status == ACCEPTED and status != DISMISSED:
+        record.move(RUNNING, NOW)
+    record.finish(status, NOW, keep)
+
+
+def status_in(store, sid=SID):
+    with view(store) as seen:
+        record = seen.get(sid)
+        return None if record is None else record.status
+
+
+class Resource:
+    """A data manager that calls a function in one phase of its transaction's commit."""
+
+    def __init__(self, phase, call, sort_key="~~last"):
+        self.phase, self.call, self.sort_key = phase, call, sort_key
+
+    def sortKey(self):
+        return self.sort_key
+
+    def __getattr__(self, name):
+        if name not in {"abort", "commit", "tpc_begin", "tpc_vote", "tpc_finish", "tpc_abort"}:
+            raise AttributeError(name)
+        return lambda txn: self.call() if name == self.phase else None
+
+
+def refuse():
+    raise RuntimeError("the vote failed")
+
+
+# -- commit and abort ----------------------------------------------------------------------
+
+
+def test_stores_and_tables_provide_their_interfaces(store):
+    assert IJobStore.providedBy(store)
+    with view(store) as seen:
+        assert IJobTable.providedBy(seen.table)
+
+
+def test_unknown_sid_is_none(store):
+    with view(store) as seen:
+        assert seen.get() is None
+
+
+@pytest.mark.parametrize(
+    "sid", ["", "z", "zz", "\x00", "0" * 10_000, "ä" * 32, "../..", "0x", " 1"]
+)
+def test_what_is_no_sid_is_none(store, sid):
+    add(store)
+    with view(store) as seen:
+        assert seen.get(sid) is None
+
+
+def test_new_record_is_seen_by_its_own_transaction_alone(store):
+    with view(store) as one, view(store) as two:
+        record = one.add()
+        assert one.get() is record
+        assert two.get() is None
+        assert status_in(store) is None
+
+
+def test_committed_record_is_seen_by_everybody(store):
+    add(store, owner="ann", origin=("https", "example.org", "/app"), options={"title": "T"})
+    with view(store) as seen:
+        record = seen.get()
+        assert (record.sid, record.status, record.created) == (SID, ACCEPTED, NOW)
+        assert (record.owner, record.origin, record.option("title")) == (
+            "ann",
+            ("https", "example.org", "/app"),
+            "T",
+        )
+
+
+def test_abort_leaves_no_trace(store):
+    with view(store) as seen:
+        seen.add()
+        seen.tm.abort()
+    assert status_in(store) is None
+    with view(store) as seen:
+        assert list(seen.table.records()) == list(seen.table.unfinished()) == []
+
+
+def test_change_is_seen_after_its_commit(store):
+    add(store)
+    with view(store) as one:
+        finish(one.get())
+        assert status_in(store) == ACCEPTED
+        one.commit()
+    assert status_in(store) == SUCCESSFUL
+
+
+def test_change_is_gone_after_abort(store):
+    add(store)
+    with view(store) as one:
+        finish(one.get())
+        one.tm.abort()
+    assert status_in(store) == ACCEPTED
+
+
+def test_one_transaction_sees_one_object(store):
+    add(store)
+    with view(store) as seen:
+        assert seen.get() is seen.get()
+        finish(seen.get())
+        assert seen.get().status == SUCCESSFUL
+
+
+def test_record_stays_as_it_was_read_whatever_others_commit(store):
+    add(store)
+    with view(store) as one:
+        record = one.get()
+        assert record.status == ACCEPTED
+        with committed(store) as two:
+            finish(two.get())
+        assert record.status == ACCEPTED
+
+
+def test_table_of_the_next_transaction_sees_what_others_committed(store):
+    add(store)
+    tm = transaction.TransactionManager(explicit=True)
+    tm.begin()
+    assert store.table(tm).get(SID).status == ACCEPTED
+    with committed(store) as other:
+        finish(other.get())
+    tm.abort()
+    tm.begin()
+    assert store.table(tm).get(SID).status == SUCCESSFUL
+    tm.abort()
+    store.release(tm)
+
+
+def test_table_is_the_same_records_wherever_it_is_asked_for(store):
+    with view(store) as seen:
+        seen.add()
+        assert store.table(seen.tm).get(SID) is seen.get()
+
+
+def test_commit_goes_on_in_the_next_transaction_of_the_same_manager(store):
+    with view(store) as seen:
+        record = seen.add()
+        seen.commit()
+        seen.tm.begin()
+        table = store.table(seen.tm)
+        finish(table.get(SID))
+        seen.commit()
+        assert record.sid == SID
+    assert status_in(store) == SUCCESSFUL
+
+
+def test_thread_local_manager_works_too(store):
+    try:
+        transaction.begin()
+        record = JobRecord(SID, NOW, store.reference(int))
+        store.table(transaction.manager).add(record)
+        transaction.commit()
+        assert store.table(transaction.manager).get(SID).status == ACCEPTED
+    finally:
+        transaction.abort()
+        store.release(transaction.manager)
+
+
+def test_failed_commit_of_another_resource_leaves_no_trace_and_no_lock(store):
+    add(store)
+    with view(store) as seen:
+        finish(seen.get())
+        seen.add(OTHER)
+        seen.tm.get().join(Resource("tpc_vote", refuse))
+        with pytest.raises(RuntimeError):
+            seen.commit()
+        seen.tm.abort()
+    assert (status_in(store), status_in(store, OTHER)) == (ACCEPTED, None)
+    with committed(store) as seen:
+        finish(seen.get(), FAILED)
+        seen.add(OTHER)
+    assert (status_in(store), status_in(store, OTHER)) == (FAILED, ACCEPTED)
+
+
+def test_many_threads_insert_side_by_side(store):
+    start, failed = threading.Barrier(4), []
+
+    def insert(number):
+        start.wait(5)
+        for ordinal in range(25):
+            try:
+                add(store, f"{number * 25 + ordinal:02x}{SID}")
+            except Exception as error:
+                failed.append(error)
+
+    threads = [threading.Thread(target=insert, args=[number]) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert failed == []
+    with view(store) as seen:
+        assert len(list(seen.table.unfinished())) == 100
+
+
+# -- conflicts -----------------------------------------------------------------------------
+
+
+def test_two_inserts_of_one_sid_conflict(store):
+    with view(store) as one, view(store) as two:
+        one.add()
+        two.add()
+        one.commit()
+        with pytest.raises(TransientError):
+            two.commit()
+
+
+def test_two_writers_of_one_record_conflict(store):
+    add(store)
+    with view(store) as one, view(store) as two:
+        finish(one.get())
+        finish(two.get(), DISMISSED)
+        one.commit()
+        with pytest.raises(ConflictError):
+            two.commit()
+    assert status_in(store) == SUCCESSFUL
+
+
+def test_writer_of_what_was_changed_since_it_was_read_conflicts(store):
+    add(store)
+    with view(store) as one:
+        record = one.get()
+        assert record.status == ACCEPTED
+        with committed(store) as two:
+            finish(two.get(), DISMISSED)
+        with pytest.raises(ConflictError):
+            # At the write already, or at the commit.
+            finish(record)
+            one.commit()
+    assert status_in(store) == DISMISSED
+
+
+def test_writer_that_reads_again_before_it_writes_conflicts_all_the_same(store):
+    add(store)
+    with view(store) as one:
+        record = one.get()
+        assert record.status == ACCEPTED
+        with committed(store) as two:
+            finish(two.get(), DISMISSED)
+        one.get()
+        with pytest.raises(ConflictError):
+            finish(record)
+            one.commit()
+    assert status_in(store) == DISMISSED
+
+
+@pytest.mark.parametrize("fence", ["removed", "dismissed", "claimed", "removed when finished"])
+def test_whatever_takes_a_job_away_makes_the_attempt_that_has_it_conflict(store, fence):
+    """Removal from a tree alone would let both commit."""
+    add(store)
+    if fence == "removed when finished":
+        with committed(store) as seen:
+            finish(seen.get())
+    with view(store) as attempt:
+        attempt.get().result = b"an attempt writes this"
+        with committed(store) as other:
+            record = other.get()
+            if fence == "dismissed":
+                record.finish(DISMISSED, NOW, 100)
+            elif fence == "claimed":
+                record.move(RUNNING, NOW)
+            else:
+                other.table.remove(record)
+        with pytest.raises(ConflictError):
+            attempt.commit()
+    expected = {"dismissed": DISMISSED, "claimed": RUNNING}.get(fence)
+    assert status_in(store) == expected
+
+
+@pytest.mark.parametrize("first", ["write", "remove"])
+def test_removal_and_write_conflict_in_either_order(store, first):
+    add(store)
+    with view(store) as writer, view(store) as remover:
+        finish(writer.get())
+        remover.table.remove(remover.get())
+        winner, loser = (writer, remover) if first == "write" else (remover, writer)
+        winner.commit()
+        with pytest.raises(ConflictError):
+            loser.commit()
+    assert status_in(store) == (SUCCESSFUL if first == "write" else None)
+
+
+def test_two_removals_conflict(store):
+    add(store)
+    with view(store) as one, view(store) as two:
+        one.table.remove(one.get())
+        two.table.remove(two.get())
+        one.commit()
+        with pytest.raises(ConflictError):
+            two.commit()
+
+
+def test_readers_never_conflict(store):
+    add(store)
+    add(store, OTHER)
+    with view(store) as reader:
+        assert reader.get().status == ACCEPTED
+        with committed(store) as writer:
+            finish(writer.get())
+        finish(reader.get(OTHER))
+        reader.commit()
+    assert (status_in(store), status_in(store, OTHER)) == (SUCCESSFUL, SUCCESSFUL)
+
+
+def test_writers_of_different_records_do_not_conflict(store):
+    add(store)
+    add(store, OTHER)
+    with view(store) as one, view(store) as two:
+        finish(one.get())
+        finish(two.get(OTHER))
+        one.commit()
+        two.commit()
+    assert (status_in(store), status_in(store, OTHER)) == (SUCCESSFUL, SUCCESSFUL)
+
+
+def test_conflict_spoils_the_whole_transaction(store):
+    add(store)
+    add(store, OTHER)
+    with view(store) as one:
+        finish(one.get())
+        finish(one.get(OTHER))
+        with committed(store) as two:
+            finish(two.get(), DISMISSED)
+        with pytest.raises(ConflictError):
+            one.commit()
+    assert (status_in(store), status_in(store, OTHER)) == (DISMISSED, ACCEPTED)
+
+
+def test_after_a_conflict_the_work_can_be_done_again(store):
+    add(store)
+    with view(store) as one:
+        finish(one.get())
+        with committed(store) as two:
+            two.get().move(RUNNING, NOW)
+        with pytest.raises(ConflictError):
+            one.commit()
+        one.tm.abort()
+        one.tm.begin()
+        one.table = store.table(one.tm)
+        finish(one.get())
+        one.commit()
+    assert status_in(store) == SUCCESSFUL
+
+
+def test_commit_that_meets_another_between_vote_and_finish_conflicts(store, wait_for):
+    add(store)
+    voted, go_on, outcome = threading.Event(), threading.Event(), []
+
+    def hold():
+        voted.set()
+        assert go_on.wait(10)
+
+    def slow():
+        with committed(store) as seen:
+            finish(seen.get())
+            seen.tm.get().join(Resource("tpc_vote", hold))
+
+    def quick():
+        try:
+            quicker.commit()
+        except ConflictError as error:
+            outcome.append(error)
+
+    with view(store) as quicker:
+        finish(quicker.get(), DISMISSED)
+        threads = [threading.Thread(target=target) for target in (slow, quick)]
+        threads[0].start()
+        wait_for(voted)
+        threads[1].start()  # refused at once, or held by the storage's commit lock
+        go_on.set()
+        for thread in threads:
+            thread.join(10)
+    assert len(outcome) == 1
+    assert status_in(store) == SUCCESSFUL
+
+
+def test_commit_that_waits_for_another_for_too_long_conflicts(ram_store, monkeypatch):
+    monkeypatch.setattr("pyramid_async.ram.VOTE_TIMEOUT", 0.01)
+    store, refused = ram_store, []
+    add(store)
+    with view(store) as slow, view(store) as quick:
+        finish(slow.get())
+        finish(quick.get(), DISMISSED)
+
+        def commit_meanwhile():
+            try:
+                quick.commit()
+            except ConflictError as error:
+                refused.append(error)
+
+        slow.tm.get().join(Resource("tpc_vote", commit_meanwhile))
+        slow.commit()
+    assert len(refused) == 1
+    assert status_in(store) == SUCCESSFUL
+
+
+def test_no_record_resolves_conflicts():
+    assert not hasattr(JobRecord, "_p_resolveConflict")
+
+
+# -- removal -------------------------------------------------------------------------------
+
+
+def test_removed_record_is_gone_for_its_own_transaction_at_once(store):
+    add(store)
+    with view(store) as one:
+        one.table.remove(one.get())
+        assert one.get() is None
+        assert list(one.table.records()) == []
+        assert status_in(store) == ACCEPTED
+
+
+def test_removal_is_undone_by_abort(store):
+    add(store)
+    with view(store) as one:
+        one.table.remove(one.get())
+        one.tm.abort()
+    assert status_in(store) == ACCEPTED
+
+
+def test_record_removed_in_the_transaction_that_added_it_never_existed(store):
+    with committed(store) as one:
+        one.table.remove(one.add())
+        assert one.get() is None
+    assert status_in(store) is None
+    with view(store) as seen:
+        assert list(seen.table.records()) == []
+
+
+def test_removed_sid_can_be_used_again(store):
+    add(store)
+    with committed(store) as one:
+        one.table.remove(one.get())
+    add(store, owner="second")
+    with view(store) as seen:
+        assert seen.get().owner == "second"
+
+
+# -- savepoints ----------------------------------------------------------------------------
+
+
+def test_rollback_forgets_what_was_added_since(store):
+    with committed(store) as seen:
+        seen.add()
+        savepoint = seen.tm.savepoint()
+        seen.add(OTHER)
+        savepoint.rollback()
+        assert (seen.get().status, seen.get(OTHER)) == (ACCEPTED, None)
+    assert (status_in(store), status_in(store, OTHER)) == (ACCEPTED, None)
+
+
+def test_rollback_to_before_the_first_use_forgets_all(store):
+    with committed(store) as seen:
+        savepoint = seen.tm.savepoint()
+        seen.add()
+        savepoint.rollback()
+        assert store.table(seen.tm).get(SID) is None
+    assert status_in(store) is None
+
+
+def test_rolled_back_sid_can_be_added_again(store):
+    with committed(store) as seen:
+        savepoint = seen.tm.savepoint()
+        seen.add(owner="first")
+        savepoint.rollback()
+        seen.add(owner="second")
+    with view(store) as seen:
+        assert seen.get().owner == "second"
+
+
+def test_rollback_restores_what_was_changed_since(store):
+    add(store)
+    with committed(store) as seen:
+        seen.get().move(RUNNING, NOW)
+        savepoint = seen.tm.savepoint()
+        finish(seen.get())
+        savepoint.rollback()
+        assert seen.get().status == RUNNING
+        assert seen.get().result is None
+    assert status_in(store) == RUNNING
+
+
+def test_rollback_restores_a_record_that_was_only_read_before(store):
+    add(store)
+    with committed(store) as seen:
+        savepoint = seen.tm.savepoint()
+        finish(seen.get())
+        savepoint.rollback()
+        assert seen.get().status == ACCEPTED
+    assert status_in(store) == ACCEPTED
+
+
+def test_record_can_be_changed_after_a_rollback(store):
+    add(store)
+    with committed(store) as seen:
+        savepoint = seen.tm.savepoint()
+        seen.get().move(RUNNING, NOW)
+        savepoint.rollback()
+        seen.get().finish(DISMISSED, NOW, 100)
+    assert status_in(store) == DISMISSED
+
+
+def test_rollback_brings_back_what_was_removed_since(store):
+    add(store)
+    with committed(store) as seen:
+        savepoint = seen.tm.savepoint()
+        seen.table.remove(seen.get())
+        savepoint.rollback()
+        assert seen.get().status == ACCEPTED
+    assert status_in(store) == ACCEPTED
+
+
+def test_changed_record_that_was_rolled_back_is_still_a_fence(store):
+    add(store)
+    with view(store) as one:
+        one.get().move(RUNNING, NOW)
+        savepoint = one.tm.savepoint()
+        finish(one.get())
+        savepoint.rollback()
+        with committed(store) as two:
+            finish(two.get(), DISMISSED)
+        with pytest.raises(ConflictError):
+            one.commit()
+    assert status_in(store) == DISMISSED
+
+
+def test_savepoints_can_be_rolled_back_one_after_the_other(store):
+    with committed(store) as seen:
+        seen.add("00")
+        outer = seen.tm.savepoint()
+        seen.add("01")
+        inner = seen.tm.savepoint()
+        seen.add("02")
+        inner.rollback()
+        assert [seen.get(sid) is not None for sid in ("00", "01", "02")] == [True, True, False]
+        inner.rollback()
+        outer.rollback()
+        assert [seen.get(sid) is not None for sid in ("00", "01", "02")] == [True, False, False]
+    assert [status_in(store, sid) for sid in ("00", "01", "02")] == [ACCEPTED, None, None]
+
+
+# -- listing -------------------------------------------------------------------------------
+
+
+def listed(pairs):
+    return sorted(sid for sid, _record in pairs)
+
+
+def test_records_lists_finished_and_unfinished_and_what_the_transaction_did(store):
+    add(store, "00")
+    add(store, "01")
+    add(store, "02")
+    with committed(store) as seen:
+        finish(seen.get("00"))
+    with view(store) as seen:
+        seen.add("03")
+        seen.table.remove(seen.get("02"))
+        assert listed(seen.table.records()) == ["00", "01", "03"]
+
+
+def test_unfinished_lists_all_that_is_unfinished(store):
+    add(store, "00")
+    add(store, "01")
+    with committed(store) as seen:
+        finish(seen.get("00"))
+        seen.get("01").move(RUNNING, NOW)
+    add(store, "02")
+    with view(store) as seen:
+        assert {"01", "02"} <= set(listed(seen.table.unfinished()))
+
+
+def test_finished_record_leaves_the_unfinished_ones_when_it_is_archived(store):
+    add(store)
+    with committed(store) as seen:
+        finish(seen.get())
+    store.archive([SID])
+    with view(store) as seen:
+        assert listed(seen.table.unfinished()) == []
+        assert listed(seen.table.records()) == [SID]
+        assert seen.get().status == SUCCESSFUL
+
+
+def test_unfinished_unknown_and_archived_records_are_not_archived(store):
+    add(store)
+    add(store, OTHER)
+    with committed(store) as seen:
+        finish(seen.get(OTHER))
+    store.archive([SID, OTHER, "00", OTHER])
+    store.archive([SID, OTHER])
+    with view(store) as seen:
+        assert listed(seen.table.unfinished()) == [SID]
+        assert listed(seen.table.records()) == [SID, OTHER]
+
+
+def test_archived_record_can_be_removed(store):
+    add(store)
+    with committed(store) as seen:
+        finish(seen.get())
+    store.archive([SID])
+    with committed(store) as seen:
+        seen.table.remove(seen.get())
+    assert status_in(store) is None
+
+
+def test_listing_may_be_broken_off_while_others_write(store):
+    for number in range(20):
+        add(store, f"{number:02x}")
+    with view(store) as seen:
+        pairs = iter(seen.table.records())
+        next(pairs)
+        add(store, "ff")
+        with committed(store) as other:
+            other.table.remove(other.get("05"))
+        assert len(list(pairs)) >= 18
+
+
+# -- expiry --------------------------------------------------------------------------------
+
+
+def test_finished_record_is_gone_when_its_time_is_over(store, clock):
+    add(store)
+    with committed(store) as seen:
+        finish(seen.get(), keep=100)
+    clock.now += 99.9
+    assert status_in(store) == SUCCESSFUL
+    clock.now += 0.1
+    assert status_in(store) is None
+
+
+def test_option_of_the_job_wins_over_the_default_time(store, clock):
+    add(store, options={"result_timeout": 5})
+    with committed(store) as seen:
+        finish(seen.get(), keep=100)
+    clock.now += 5
+    assert status_in(store) is None
+
+
+def test_unfinished_record_never_expires(store, clock):
+    add(store)
+    clock.now += 1e9
+    store.expire(clock.now)
+    assert status_in(store) == ACCEPTED
+
+
+def test_expire_forgets_what_is_over_and_keeps_the_rest(store, clock):
+    for sid, keep in (("00", 100), ("01", 100), ("02", 10_000)):
+        add(store, sid)
+        with committed(store) as seen:
+            finish(seen.get(sid), keep=keep)
+    store.archive(["00", "01", "02"])
+    clock.now += 1000
+    store.expire(clock.now)
+    clock.now -= 1000  # so that only what is gone is gone
+    assert [status_in(store, sid) for sid in ("00", "01", "02")] == [None, None, SUCCESSFUL]
+
+
+def test_many_records_expire_at_once(store, clock):
+    sids = [f"{number % 256:02x}{number}" for number in range(450)]
+    with committed(store) as seen:
+        for sid in sids:
+            finish(seen.add(sid))
+    store.archive(sids)
+    clock.now += 1000
+    store.expire(clock.now)
+    clock.now -= 1000
+    with view(store) as seen:
+        assert listed(seen.table.records()) == []
+
+
+def test_expired_sid_can_be_used_again(store, clock):
+    add(store)
+    with committed(store) as seen:
+        finish(seen.get(), keep=10)
+    clock.now += 10
+    add(store, owner="second")
+    store.expire(clock.now)
+    with view(store) as seen:
+        assert seen.get().owner == "second"
+
+
+def test_expiry_of_a_removed_job_does_not_hit_a_later_one_of_its_sid(store, clock):
+    """A request that is repeated after a lost reply makes the same sids again."""
+    add(store)
+    with committed(store) as seen:
+        finish(seen.get(), keep=10)
+    store.archive([SID])
+    with committed(store) as seen:
+        seen.table.remove(seen.get())
+    add(store, owner="second")
+    clock.now += 1000
+    store.expire(clock.now)
+    assert status_in(store) == ACCEPTED
+
+
+# -- keys ----------------------------------------------------------------------------------
+
+
+def add_keyed(store, sid=SID, key="k"):
+    with committed(store) as seen:
+        seen.table.take_key(key, sid)
+        seen.add(sid, options={"key": key})
+
+
+def test_key_that_nobody_took_is_none(store):
+    with view(store) as seen:
+        assert seen.table.keyed("k") is None
+
+
+@pytest.mark.parametrize("key", ["k", "", "ä\n\x00", "k" * 10_000])
+def test_taken_key_names_its_job(store, key):
+    add_keyed(store, key=key)
+    with view(store) as seen:
+        assert seen.table.keyed(key) == SID
+        assert seen.table.keyed(key + "2") is None
+
+
+def test_two_that_take_one_key_conflict(store):
+    with view(store) as one, view(store) as two:
+        for seen, sid in ((one, SID), (two, OTHER)):
+            assert seen.table.keyed("k") is None
+            seen.table.take_key("k", sid)
+            seen.add(sid, options={"key": "k"})
+        one.commit()
+        with pytest.raises(TransientError):
+            two.commit()
+    assert (status_in(store), status_in(store, OTHER)) == (ACCEPTED, None)
+
+
+def test_key_is_not_taken_after_abort_or_rollback(store):
+    with committed(store) as seen:
+        savepoint = seen.tm.savepoint()
+        seen.table.take_key("k", SID)
+        seen.add(options={"key": "k"})
+        savepoint.rollback()
+        assert store.table(seen.tm).keyed("k") is None
+    with view(store) as seen:
+        seen.table.take_key("k", SID)
+        seen.add(options={"key": "k"})
+        seen.tm.abort()
+    with view(store) as seen:
+        assert seen.table.keyed("k") is None
+
+
+def test_key_of_a_finished_job_can_be_taken_by_another(store):
+    add_keyed(store)
+    with committed(store) as seen:
+        finish(seen.get())
+    add_keyed(store, OTHER)
+    store.archive([SID])
+    with view(store) as seen:
+        assert seen.table.keyed("k") == OTHER
+
+
+def test_no_key_outlives_its_job(store):
+    """Keys may be of any number: those of finished jobs must not stay for ever."""
+    add_keyed(store, "00", "finished")
+    add_keyed(store, "01", "removed")
+    add_keyed(store, "02", "removed when finished")
+    with committed(store) as seen:
+        finish(seen.get("00"))
+        finish(seen.get("02"))
+        seen.table.remove(seen.get("01"))
+    with committed(store) as seen:
+        seen.table.remove(seen.get("02"))
+    store.archive(["00", "01", "02"])
+    with view(store) as seen:
+        keys = ("finished", "removed", "removed when finished")
+        assert [seen.table.keyed(key) for key in keys] == [None, None, None]
+
+
+# -- the bound of the RAM store ------------------------------------------------------------
+
+
+@pytest.fixture
+def full(clock):
+    """A RAM store with room for two jobs, both taken."""
+    store = RamStore(max_pending=2, clock=clock)
+    add(store, "00")
+    add(store, "01")
+    return store
+
+
+def has_room(store):
+    with view(store) as seen:
+        try:
+            seen.add()
+        except SchedulerFull:
+            return False
+    return True
+
+
+def test_full_store_refuses_before_anything_is_promised(full):
+    with view(full) as seen:
+        with pytest.raises(SchedulerFull, match=r"2 jobs.*async\.max_pending"):
+            seen.add()
+        assert seen.get() is None
+        seen.commit()
+    assert status_in(full) is None
+
+
+def test_room_comes_back_when_a_job_ends(full):
+    assert not has_room(full)
+    with committed(full) as seen:
+        finish(seen.get("00"))
+    assert has_room(full)
+
+
+def test_room_comes_back_when_a_job_is_removed(full):
+    with committed(full) as seen:
+        seen.table.remove(seen.get("00"))
+    assert has_room(full)
+
+
+def test_promises_count_until_their_transaction_ends(clock):
+    store = RamStore(max_pending=2, clock=clock)
+    with view(store) as one:
+        one.add("00")
+        one.add("01")
+        assert not has_room(store)
+        one.tm.abort()
+        assert has_room(store)
+
+
+@pytest.mark.parametrize("end", ["abort", "commit", "failed commit", "rollback", "conflict"])
+def test_no_end_of_a_transaction_leaks_room(clock, end):
+    store = RamStore(max_pending=3, clock=clock)
+    for number in count():
+        if number == 5:
+            break
+        sid = f"{number:02x}"
+        with view(store) as seen:
+            savepoint = seen.tm.savepoint()
+            seen.add(sid)
+            if end == "rollback":
+                savepoint.rollback()
+            if end == "failed commit":
+                seen.tm.get().join(Resource("tpc_vote", refuse))
+            if end == "conflict":
+                add(store, sid)
+            if end != "abort":
+                with suppress(RuntimeError, ConflictError):
+                    seen.commit()
+        with committed(store) as seen:
+            if seen.get(sid):
+                finish(seen.get(sid))
+    assert (len(store.pending), store.promised, store.voted) == (0, 0, set())
+
+
+# -- payloads ------------------------------------------------------------------------------
+
+
+VALUES = [
+    None,
+    False,
+    0,
+    "",
+    b"\x00" * 100_000,
+    "\ud800",
+    10**4000,
+    [1, (2, {3: {4}}), frozenset({5})],
+    OrderedDict(b=1, a=2),
+    Pair(1, [2]),
+    float("inf"),
+    ValueError("x", 2),
+]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=range(len(VALUES)))
+def test_value_comes_back_as_it_was(store, value):
+    with committed(store) as seen:
+        seen.add().result = store.pack(value, seen.table)
+    with view(store) as seen:
+        back = store.unpack(seen.get().result, seen.table)
+        assert type(back) is type(value)
+        assert repr(back) == repr(value)
+
+
+@pytest.fixture
+def home(database):
+    """The oid of an object in the database."""
+    with database.transaction() as connection:
+        connection.root()["home"] = Thing("home")
+    with database.transaction() as connection:
+        return connection.root()["home"]._p_oid
+
+
+DEPTHS = {
+    "itself": (lambda obj: obj, lambda value: value),
+    "list": (lambda obj: [1, obj], lambda value: value[1]),
+    "named tuple": (lambda obj: Pair(obj, 1), lambda value: value.first),
+    "dict": (lambda obj: {"a": {"b": obj}}, lambda value: value["a"]["b"]),
+    "key": (lambda obj: {(1, obj): 1}, lambda value: next(iter(value))[1]),
+    "set": (lambda obj: {obj}, lambda value: value.pop()),
+    "deep": (lambda obj: [({"x": [(obj,)]},)], lambda value: value[0][0]["x"][0][0]),
+    "twice": (lambda obj: [obj, obj], lambda value: value[0] if value[0] is value[1] else None),
+}
+
+
+@contextmanager
+def connected(store, database):
+    """A table on a connection of the application's, and that connection; committed."""
+    tm = transaction.TransactionManager(explicit=True)
+    with tm:
+        connection = database.open(tm)
+        yield store.table(tm, lambda: connection), connection
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("value", "change"),
+    [
+        ([1], lambda value: value.append(2)),
+        ({"a": 1}, lambda value: value.clear()),
+        ({1}, lambda value: value.add(2)),
+        (({"a": [1]},), lambda value: value[0]["a"].append(2)),
+        ([[{1}]], lambda value: value[0][0].add(2)),
+    ],
+)
+def test_stored_value_is_nobodys_to_change(store, value, change):
+    """Neither whoever gave it nor an attempt that failed nor a reader that aborted."""
+    given, expected = deepcopy(value), deepcopy(value)
+    with view(store) as seen:
+        payload = store.pack(given, seen.table)
+        change(given)
+        read = store.unpack(payload, seen.table)
+        assert read == expected
+        change(read)
+        assert store.unpack(payload, seen.table) == expected
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_persistent_object_is_loaded_by_the_reader(store, database, home, depth):
+    put, take = DEPTHS[depth]
+    with connected(store, database) as (table, connection):
+        record = JobRecord(SID, NOW, store.reference(int))
+        record.arguments = store.pack(put(connection.root()["home"]), table)
+        table.add(record)
+    with connected(store, database) as (table, connection):
+        back = take(store.unpack(table.get(SID).arguments, table))
+        assert back._p_jar is connection
+        assert (back._p_oid, back.name) == (home, "home")
+
+
+def test_new_persistent_object_is_stored_with_the_record(store, database):
+    with connected(store, database) as (table, connection):
+        record = JobRecord(SID, NOW, store.reference(int))
+        record.arguments = store.pack([Thing("new")], table)
+        table.add(record)
+    with connected(store, database) as (table, connection):
+        [back] = store.unpack(table.get(SID).arguments, table)
+        assert (back._p_jar, back.name) == (connection, "new")
+
+
+def test_pack_of_the_database_keeps_what_only_a_record_refers_to(zodb_store, database):
+    with connected(zodb_store, database) as (table, _connection):
+        record = JobRecord(SID, NOW, "builtins:int")
+        record.arguments = zodb_store.pack(Thing("new"), table)
+        table.add(record)
+    database.pack()
+    with connected(zodb_store, database) as (table, _connection):
+        assert zodb_store.unpack(table.get(SID).arguments, table).name == "new"
+
+
+def test_large_value_is_an_object_of_its_own(zodb_store):
+    with committed(zodb_store) as seen:
+        seen.add().result = zodb_store.pack("x" * INLINE_PAYLOAD, seen.table)
+    with view(zodb_store) as seen:
+        record = seen.get()
+        data, _serial = zodb_store.db.storage.load(record._p_oid)
+        assert len(data) < 2000
+        assert zodb_store.unpack(record.result, seen.table) == "x" * INLINE_PAYLOAD
+
+
+UNPICKLABLE = [
+    lambda: None,
+    threading.Lock(),
+    (n for n in ()),
+    [{"deep": [print, threading.Lock()]}],
+]
+
+
+@pytest.mark.parametrize("value", UNPICKLABLE, ids=range(4))
+def test_what_cannot_be_pickled_is_refused_before_it_can_break_a_commit(zodb_store, value):
+    with view(zodb_store) as seen:
+        with pytest.raises(NotSchedulable):
+            zodb_store.pack(value, seen.table)
+        seen.add()
+        seen.commit()
+
+
+class TwoArguments(Exception):
+    def __init__(self, first, second):
+        super().__init__(f"{first} {second}")
+
+
+def test_what_can_be_pickled_and_not_loaded_is_refused_too(zodb_store):
+    with view(zodb_store) as seen, pytest.raises(NotSchedulable, match="TwoArguments"):
+        zodb_store.pack(TwoArguments(1, 2), seen.table)
+
+
+# -- the table of states -------------------------------------------------------------------
+
+
+def test_every_transition_is_allowed_or_refused_as_the_table_says():
+    for status in STATUSES:
+        for wanted in STATUSES:
+            record = JobRecord(SID, NOW, int)
+            record.status = status
+            if wanted in TRANSITIONS[status]:
+                record.move(wanted, NOW + 1)
+                assert (record.status, record.updated, record.revision) == (wanted, NOW + 1, 2)
+            else:
+                with pytest.raises(InvalidTransition, match=f"is {status} and cannot .* {wanted}"):
+                    record.move(wanted, NOW + 1)
+                assert (record.status, record.updated, record.revision) == (status, NOW, 1)
+
+
+def test_final_states_are_final():
+    assert [status for status in STATUSES if not TRANSITIONS[status]] == [
+        SUCCESSFUL,
+        FAILED,
+        DISMISSED,
+    ]
+
+
+def test_finished_record_keeps_nothing_of_its_arguments():
+    record = JobRecord(SID, NOW, int, b"arguments", holder="p")
+    finish(record, keep=10)
+    assert (record.arguments, record.holder, record.expires) == (None, None, NOW + 10)
+
+
+def test_small_job_is_a_small_record(zodb_store):
+    """Bytes per job are what the size of a database grows by."""
+    add(zodb_store)
+    with view(zodb_store) as seen:
+        data, _serial = zodb_store.db.storage.load(seen.get()._p_oid)
+    assert len(data) < 350
+
+
+# -- the place of the records --------------------------------------------------------------
+
+
+def test_installing_twice_keeps_the_records(zodb_store, clock):
+    add(zodb_store)
+    zodb_store.install()
+    other = ZodbStore(zodb_store.db, clock=clock)
+    other.install()
+    assert status_in(other) == ACCEPTED
+
+
+def test_installing_twice_writes_once(zodb_store):
+    last = zodb_store.db.lastTransaction()
+    zodb_store.install()
+    assert zodb_store.db.lastTransaction() == last
+
+
+def test_processes_may_install_at_the_same_time(database, monkeypatch):
+    monkeypatch.setattr("pyramid_async.transactional.sleep", lambda seconds: None)
+    start = threading.Barrier(4)
+    failed = []
+
+    def install():
+        start.wait(5)
+        try:
+            ZodbStore(database).install()
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=install) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert failed == []
+
+
+def test_database_that_misses_the_place_says_what_to_do(database):
+    store = ZodbStore(database)
+    tm = transaction.TransactionManager()
+    try:
+        with pytest.raises(KeyError, match="pyramid_async"):
+            store.table(tm)
+    finally:
+        tm.abort()
+        store.release(tm)

@@ -1,0 +1,754 @@
+"""The thread executor: its threads, forks, bounds, and how it leaves."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+import transaction
+from bare import ROOT, Process, memory, process, store_of, together
+from pyramid.config import Configurator
+from webapp import GATES, gate
+from zope.interface.verify import verifyObject
+
+from pyramid_async import IScheduler, current_job
+from pyramid_async.interfaces import IExecutor
+from pyramid_async.scheduler import PersistentTransactionalScheduler, TransactionalScheduler
+from pyramid_async.threads import ThreadExecutor, exit_on_sigterm
+from pyramid_async.worker import Worker
+from pyramid_async.zodb import OpenedBeforeFork, ZodbStore
+
+CALLS = defaultdict(list)
+
+
+@pytest.fixture
+def db():
+    yield from memory()
+
+
+@pytest.fixture
+def key():
+    name = uuid4().hex
+    yield name
+    CALLS.pop(name, None)
+
+
+@pytest.fixture
+def at():
+    with gate() as name:
+        yield name
+
+
+def note(key, value=None):
+    CALLS[key].append(value)
+    return value
+
+
+def at_gate(name, value=None):
+    GATES[name].pass_through()
+    return value
+
+
+def check_until_told(name, key):
+    GATES[name].reached.set()
+    try:
+        while True:
+            current_job().check()
+            GATES[name].opened.wait(0.005)
+    except BaseException as error:
+        CALLS[key].append(type(error).__name__)
+        raise
+
+
+def thread_of_the_job():
+    thread = threading.current_thread()
+    return thread.name, thread.daemon
+
+
+def fail_at_gate(name):
+    GATES[name].pass_through()
+    raise ZeroDivisionError
+
+
+def worker_threads():
+    return [t for t in threading.enumerate() if t.name.startswith("pyramid_async-worker")]
+
+
+both_stores = pytest.mark.parametrize("kind", ["ram", "zodb"])
+
+
+# -- threads -------------------------------------------------------------------------------
+
+
+def test_executor_provides_its_interface(db):
+    assert verifyObject(IExecutor, Process(store_of("ram", db), db).executor)
+
+
+@both_stores
+def test_threads_start_with_the_first_job_and_not_before(db, kind):
+    with process(kind, db, workers=2) as one:
+        assert worker_threads() == []
+        one.wait(one.schedule(note, "x"))
+        assert len(worker_threads()) == 2
+
+
+def test_threads_are_named_daemons(db):
+    with process("ram", db, workers=3) as one:
+        one.executor.start()
+        names = sorted(thread.name for thread in worker_threads())
+        assert names == [f"pyramid_async-worker-{number}" for number in (1, 2, 3)]
+        assert all(thread.daemon for thread in worker_threads())
+        sid = one.schedule(thread_of_the_job)
+        one.wait(sid)
+        (name, daemon), _ = one.result(sid)
+        assert name in names
+        assert daemon
+
+
+def test_starting_twice_starts_once(db):
+    with process("ram", db, workers=2) as one:
+        together(*[one.executor.start for _ in range(8)])
+        assert len(worker_threads()) == 2
+
+
+def test_recovery_is_started_and_stopped_with_the_threads(db):
+    with process("zodb", db, workers=1) as one:
+        one.executor.recovery = one.recovery
+        one.executor.start()
+        assert "pyramid_async-recovery" in {t.name for t in threading.enumerate()}
+        one.executor.stop(5)
+        assert "pyramid_async-recovery" not in {t.name for t in threading.enumerate()}
+
+
+def test_as_many_jobs_run_at_a_time_as_there_are_workers(db, key):
+    with process("zodb", db, workers=2) as one, gate() as first, gate() as second:
+        one.schedule(at_gate, first)
+        one.schedule(at_gate, second)
+        GATES[first].reach()
+        GATES[second].reach()
+        third = one.schedule(note, key)
+        assert CALLS[key] == []
+        GATES[first].opened.set()
+        one.wait(third)
+        assert one.status(third).status == "successful"
+
+
+def test_process_without_workers_schedules_and_runs_nothing(db, key):
+    store = store_of("zodb", db)
+    worker = Worker(store)
+    executor = ThreadExecutor(worker, workers=0)
+    assert (executor.room(), worker.holder) == (0, None)
+    executor.wake(True, "00" * 16)
+    assert (executor.held, worker_threads()) == (set(), [])
+    executor.stop(1)
+
+
+@both_stores
+def test_nothing_is_queued_before_the_commit(db, key, kind):
+    with process(kind, db, workers=1) as one:
+        with one.transaction() as (table, _):
+            sid = one.scheduler.using(tm=table.tm).schedule(note, key)
+            assert (one.executor.held, worker_threads()) == (set(), [])
+        assert worker_threads() != []
+        one.wait(sid)
+
+
+@both_stores
+def test_nothing_is_queued_after_an_abort(db, key, kind):
+    with process(kind, db, workers=1) as one:
+        with one.transaction() as (table, _):
+            one.scheduler.using(tm=table.tm).schedule(note, key)
+            table.tm.abort()
+            table.tm.begin()
+        assert (one.executor.held, worker_threads()) == (set(), [])
+
+
+# -- bounds --------------------------------------------------------------------------------
+
+
+def test_queue_is_bounded_and_recovery_fetches_what_did_not_fit(db, key, at):
+    with process("zodb", db, workers=1) as one:
+        one.executor.max_pending = 2
+        one.schedule(at_gate, at)
+        GATES[at].reach()
+        sids = [one.schedule(note, key, number) for number in range(5)]
+        assert len(one.executor.held) == 3  # one runs, two wait
+        assert one.executor.room() == 0
+        one.recovery.look()
+        assert len(one.executor.held) == 3
+        GATES[at].opened.set()
+        for sid in sids[:2]:
+            one.wait(sid)
+        for sid in sids[2:]:
+            while not one.ended[sid].wait(0.01):
+                one.recovery.look()
+        assert sorted(CALLS[key]) == [0, 1, 2, 3, 4]
+
+
+def test_job_is_queued_once_however_often_it_is_woken(db, key, at):
+    with process("zodb", db, workers=1) as one:
+        one.schedule(at_gate, at)
+        GATES[at].reach()
+        sid = one.schedule(note, key)
+        for _ in range(5):
+            one.executor.wake(True, sid)
+        assert one.executor.queue.qsize() == 1
+        GATES[at].opened.set()
+        one.wait(sid)
+
+
+def test_hook_puts_an_id_on_the_queue_and_nothing_else(db, key, at):
+    with process("zodb", db, workers=1) as one:
+        one.schedule(at_gate, at)
+        GATES[at].reach()
+        with one.transaction() as (table, _):
+            sid = one.scheduler.using(tm=table.tm).schedule(note, key)
+        before = db.lastTransaction()
+        one.executor.wake(True, sid)
+        assert db.lastTransaction() == before
+        assert CALLS[key] == []
+        GATES[at].opened.set()
+        one.wait(sid)
+
+
+def test_hook_never_raises_when_no_thread_can_be_started(db, key, monkeypatch, caplog):
+    """As at the interpreter's exit; recovery finds the job."""
+    with process("zodb", db, workers=1) as one:
+
+        def refuse(thread):
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            sid = one.schedule(note, key)
+        assert "could not be queued; recovery will find it" in caplog.text
+        assert one.status(sid).status == "accepted"
+        one.recovery.look()
+        one.wait(sid)
+        assert CALLS[key] == [None]
+
+
+def test_hook_never_raises_after_the_stop(db, key):
+    with process("zodb", db, workers=1) as one:
+        one.executor.stop(1)
+        sid = one.schedule(note, key)
+        assert one.status(sid).status == "accepted"
+        assert one.executor.held == set()
+
+
+# -- stop ----------------------------------------------------------------------------------
+
+
+def test_running_job_is_told_and_given_back(db, key, at):
+    with process("zodb", db, workers=1) as one:
+        sid = one.schedule(check_until_told, at, key)
+        GATES[at].reach()
+        one.executor.stop(5)
+        assert CALLS[key] == ["JobStopped"]
+        record = one.record(sid)
+        assert (record["status"], record.get("holder"), record.get("attempts", 0)) == (
+            "accepted",
+            None,
+            0,
+        )
+        assert one.told == []
+
+
+def test_job_that_ends_in_time_is_not_disturbed(db, key):
+    with process("ram", db, workers=1) as one:
+        sid = one.schedule(note, key, 1)
+        one.wait(sid)
+        one.executor.stop(5)
+        assert one.result(sid) == (1, None)
+
+
+def test_stop_takes_no_longer_than_its_time_when_a_job_never_ends(db, at, caplog):
+    with process("zodb", db, workers=2) as one:
+        sid = one.schedule(at_gate, at)
+        GATES[at].reach()
+        begun = time.monotonic()
+        one.executor.stop(0.05)
+        assert time.monotonic() - begun < 2
+        assert f"stopped with jobs still running: {sid}" in caplog.text
+        GATES[at].opened.set()
+
+
+def test_jobs_that_wait_are_not_begun_any_more(db, key, at):
+    with process("zodb", db, workers=1) as one:
+        one.schedule(at_gate, at)
+        GATES[at].reach()
+        waiting = [one.schedule(note, key) for _ in range(3)]
+        one.executor.stop(0.01)
+        GATES[at].opened.set()
+        for thread in one.executor.threads:
+            thread.join(10)
+        assert CALLS[key] == []
+        assert {one.status(sid).status for sid in waiting} == {"accepted"}
+
+
+def test_jobs_that_wait_are_given_back_where_other_processes_can_take_them(db, key, at):
+    class Shared(ZodbStore):
+        exclusive = False
+
+    store = Shared(db)
+    store.install()
+    one = Process(store, db, workers=1)
+    one.schedule(at_gate, at)
+    GATES[at].reach()
+    sid = one.schedule(note, key)
+    assert one.record(sid)["holder"] == store.process
+    one.executor.stop(0.01)
+    GATES[at].opened.set()
+    assert one.record(sid).get("holder") is None
+    assert one.record(sid).get("attempts", 0) == 0
+    other = Process(Shared(db), db)
+    other.worker.answer(sid)
+    assert CALLS[key] == [None]
+    for thread in one.executor.threads:
+        thread.join(10)
+
+
+def test_stop_without_a_start_does_nothing(db):
+    with process("ram", db, workers=2) as one:
+        one.executor.stop()
+        one.executor.stop()
+        one.executor.start()
+        assert worker_threads() == []
+
+
+def test_suspended_executor_takes_no_jobs_and_tells_the_running_ones(db, key, at, caplog):
+    with process("zodb", db, workers=1) as one:
+        sid = one.schedule(check_until_told, at, key)
+        GATES[at].reach()
+        one.executor.suspend("the database is gone")
+        while one.worker.running:
+            one.executor.threads[0].join(0.005)
+        later = one.schedule(note, key, "later")
+        assert CALLS[key] == ["JobStopped"]
+        assert "no jobs are taken: the database is gone" in caplog.text
+        assert one.cancel(sid) is True  # it was given back
+        one.executor.suspended = False
+        one.recovery.look()
+        one.wait(later)
+
+
+# -- signals -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sigterm():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_sigterm_becomes_system_exit_where_nobody_handles_it(sigterm):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    exit_on_sigterm()
+    with pytest.raises(SystemExit) as left:
+        signal.raise_signal(signal.SIGTERM)
+    assert left.value.code == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda signum, frame: None])
+def test_sigterm_is_left_to_whoever_handles_it(sigterm, handler):
+    signal.signal(signal.SIGTERM, handler)
+    exit_on_sigterm()
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_sigterm_is_left_alone_outside_of_the_main_thread(sigterm):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    together(exit_on_sigterm)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+# -- processes -----------------------------------------------------------------------------
+
+TESTS = Path(__file__).parent
+OF_OTHERS = "ignore::DeprecationWarning"  # WebOb imports cgi
+
+
+def python(program, *args, **options):
+    """Run a program in an interpreter of its own and return what it printed, or fail."""
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "error",
+            "-W",
+            OF_OTHERS,
+            "-c",
+            textwrap.dedent(program),
+            *map(str, args),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        cwd=TESTS,
+        env={**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"},
+        **options,
+    )
+    assert run.returncode in (0, 128 + signal.SIGTERM, -signal.SIGTERM), run.stderr
+    return run
+
+
+@pytest.mark.slow
+def test_pool_is_made_anew_after_a_fork():
+    """The parent's threads do not exist in the child, and its queue has no reader."""
+    run = python(
+        """
+        import os, threading, transaction
+        from pyramid_async.scheduler import TransactionalScheduler
+
+        def pid():
+            return os.getpid()
+
+        def run(scheduler):
+            done = threading.Event()
+            scheduler.worker.finished = lambda sid, status: done.set()
+            sid = scheduler.schedule(pid)
+            transaction.commit()
+            assert done.wait(20)
+            value, error = scheduler.get_result(sid)
+            transaction.commit()
+            return value == os.getpid()
+
+        scheduler = TransactionalScheduler()
+        identity = scheduler.store.process
+        assert run(scheduler)
+        child = os.fork()
+        if child == 0:
+            ok = scheduler.store.process != identity and run(scheduler)
+            names = sorted(t.name for t in threading.enumerate() if "worker" in t.name)
+            print(ok, len(names), flush=True)
+            os._exit(0)
+        os.waitpid(child, 0)
+        print(run(scheduler))
+        """
+    )
+    assert run.stdout.split() == ["True", "4", "True"]
+
+
+@pytest.mark.slow
+def test_lock_that_was_held_at_the_fork_does_not_hold_the_child():
+    run = python(
+        """
+        import os, threading, transaction
+        from pyramid_async.scheduler import TransactionalScheduler
+
+        scheduler = TransactionalScheduler()
+        executor = scheduler.executor
+        with executor._locks.setdefault(os.getpid(), threading.Lock()):
+            child = os.fork()
+            if child == 0:
+                done = threading.Event()
+                scheduler.worker.finished = lambda sid, status: done.set()
+                scheduler.schedule(os.getpid)
+                transaction.commit()
+                print(done.wait(20), flush=True)
+                os._exit(0)
+            os.waitpid(child, 0)
+        """
+    )
+    assert run.stdout.split() == ["True"]
+
+
+@pytest.mark.slow
+def test_zodb_that_was_opened_before_the_fork_is_refused_with_an_explanation(tmp_path):
+    run = python(
+        """
+        import os, sys, transaction, ZODB
+        from ZODB.FileStorage import FileStorage
+        from pyramid_async.scheduler import Scheduler, executor_for
+        from pyramid_async.worker import Worker
+        from pyramid_async.zodb import OpenedBeforeFork, ZodbStore
+
+        db = ZODB.DB(FileStorage(sys.argv[1]))
+        store = ZodbStore(db)
+        store.install()
+        worker = Worker(store)
+        scheduler = Scheduler(worker, executor_for(worker, 1))
+        before = db.lastTransaction()
+        child = os.fork()
+        if child == 0:
+            for use in (lambda: scheduler.schedule(os.getpid), lambda: scheduler.status("00")):
+                try:
+                    use()
+                except OpenedBeforeFork as error:
+                    print(error, flush=True)
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert db.lastTransaction() == before
+        db.close()
+        """,
+        tmp_path / "data.fs",
+    )
+    first, second = run.stdout.splitlines()
+    assert first == second
+    assert "the ZODB was opened by process" in first
+    assert "make the application after the fork" in first
+
+
+def test_explanation_survives_pickling():
+    error = pickle.loads(pickle.dumps(OpenedBeforeFork(1, 2)))
+    assert "opened by process 1 and is used by its child 2" in str(error)
+
+
+@pytest.mark.slow
+def test_importing_starts_nothing():
+    run = python(
+        """
+        import signal, threading
+        import pyramid_async.config, pyramid_async.scheduler, pyramid_async.testing
+        assert threading.active_count() == 1, threading.enumerate()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        print("nothing")
+        """
+    )
+    assert run.stdout == "nothing\n"
+
+
+# A program that runs jobs; what it does then is added to it.
+PROGRAM = """
+    import os, signal, sys, threading, time, transaction
+    from pyramid_async import current_job
+    from pyramid_async.scheduler import TransactionalScheduler
+    from pyramid_async.threads import exit_on_sigterm
+
+    begun, never = threading.Event(), threading.Event()  # the second is never set
+
+    def idle():
+        begun.set()
+        never.wait(60)
+
+    def polite():
+        begun.set()
+        try:
+            while True:
+                current_job().check()
+                never.wait(0.01)
+        except BaseException as error:
+            print(type(error).__name__, flush=True)
+            raise
+
+    scheduler = TransactionalScheduler()
+    scheduler.executor.shutdown_timeout = 0.5
+    job = {"idle": idle, "polite": polite}[sys.argv[1]]
+    scheduler.schedule(job)
+    transaction.commit()
+    assert begun.wait(20)
+    print("begun", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("job", "printed"), [("idle", ["begun"]), ("polite", ["begun", "JobStopped"])]
+)
+def test_interpreter_that_exits_is_not_held_by_jobs(job, printed):
+    begun = time.monotonic()
+    run = python(PROGRAM, job)
+    assert run.stdout.split() == printed
+    assert run.returncode == 0
+    assert time.monotonic() - begun < 30  # the job itself would take twice as long
+
+
+@pytest.mark.slow
+def test_sigterm_drains_and_leaves_with_its_status():
+    run = python(
+        PROGRAM
+        + """
+    exit_on_sigterm()
+    signal.raise_signal(signal.SIGTERM)
+    """,
+        "polite",
+    )
+    assert run.stdout.split() == ["begun", "JobStopped"]
+    assert run.returncode == 128 + signal.SIGTERM
+
+
+@pytest.mark.slow
+def test_sigterm_goes_to_the_handler_of_the_application():
+    run = python(
+        PROGRAM
+        + """
+    signal.signal(signal.SIGTERM, lambda *args: print("handled", flush=True))
+    exit_on_sigterm()
+    signal.raise_signal(signal.SIGTERM)
+    """,
+        "polite",
+    )
+    assert run.stdout.split() == ["begun", "handled", "JobStopped"]
+    assert run.returncode == 0
+
+
+@pytest.mark.slow
+def test_idle_pool_does_not_hold_the_exit():
+    run = python(
+        """
+        import threading, time, transaction
+        from pyramid_async.scheduler import TransactionalScheduler
+
+        scheduler = TransactionalScheduler()
+        scheduler.executor.shutdown_timeout = 50
+        done = threading.Event()
+        scheduler.worker.finished = lambda sid, status: done.set()
+        scheduler.schedule(time.time)
+        transaction.commit()
+        assert done.wait(20)
+        print("done")
+        """
+    )
+    assert run.stdout == "done\n"
+    assert run.stderr == ""
+
+
+# -- nothing is left -----------------------------------------------------------------------
+
+
+def test_executor_that_is_gone_keeps_nothing_for_the_exit():
+    import gc
+    import weakref
+
+    scheduler = TransactionalScheduler()
+    reference = weakref.ref(scheduler.executor)
+    scheduler.executor.start()
+    scheduler.stop()
+    del scheduler
+    gc.collect()
+    assert reference() is None
+
+
+def pool_warnings(caplog):
+    return [r.getMessage() for r in caplog.records if "open connections" in r.getMessage()]
+
+
+def record_failures_together(monkeypatch, number):
+    """Let so many workers hold the connection of their attempt and that of its failure."""
+    barrier = threading.Barrier(number)
+    record_failure = Worker._record_failure
+
+    def wait_and_record(self, job, error, failure, table):
+        barrier.wait(20)
+        return record_failure(self, job, error, failure, table)
+
+    monkeypatch.setattr(Worker, "_record_failure", wait_and_record)
+
+
+def test_pool_of_connections_never_warns(caplog, monkeypatch):
+    """All workers fail at the same time and are asked about meanwhile."""
+    settings = {"zodbconn.uri": f"memory://{uuid4().hex}?connection_pool_size=1"}
+    with Configurator(settings={**settings, "async.workers": "4"}) as config:
+        config.include("pyramid_zodbconn")
+        config.include("pyramid_async")
+    config.make_wsgi_app()
+    scheduler = config.registry.getUtility(IScheduler)
+    record_failures_together(monkeypatch, 4)
+    ended = threading.Semaphore(0)
+    scheduler.worker.finished = lambda sid, status: ended.release()
+    for _ in range(3):
+        with gate() as name:
+            sids = [scheduler.transact(lambda s: s.schedule(fail_at_gate, name)) for _ in range(4)]
+            scheduler.transact(lambda s: s.jobs())
+        for _ in sids:
+            assert ended.acquire(timeout=20)
+    scheduler.executor.stop(5)
+    for database in config.registry._zodb_databases.values():
+        database.close()
+    assert pool_warnings(caplog) == []
+
+
+def test_pool_of_connections_never_warns_of_a_persistent_scheduler(
+    db, caplog, wait_for, monkeypatch
+):
+    record_failures_together(monkeypatch, PersistentTransactionalScheduler.workers)
+    connection = db.open()
+    scheduler = connection.root()["scheduler"] = PersistentTransactionalScheduler()
+    transaction.commit()
+    with gate() as name:
+        sids = [scheduler.schedule(fail_at_gate, name) for _ in range(scheduler.workers)]
+        transaction.commit()
+        running = scheduler._scheduler().worker.running
+        wait_for(lambda: sum(job.begun for job in list(running.values())) == len(sids))
+
+        def completed():
+            transaction.abort()
+            return all(scheduler.completed(sid) for sid in sids)
+
+        GATES[name].opened.set()
+        wait_for(completed)
+    transaction.abort()
+    scheduler.stop()
+    connection.close()
+    assert pool_warnings(caplog) == []
+
+
+def test_root_of_the_database_is_reached_by_jobs_of_every_thread(db, key):
+    with process("zodb", db, workers=4) as one:
+        sids = [one.schedule(note_root, ROOT, key) for _ in range(8)]
+        for sid in sids:
+            one.wait(sid)
+    assert len(CALLS[key]) == 8
+    assert len({id(jar) for jar in CALLS[key]}) <= 4
+
+
+def note_root(root, key):
+    CALLS[key].append(root._p_jar)
+
+
+def test_child_does_not_run_the_jobs_that_wait_in_its_parents_ram():
+    script = """
+        import os, threading, time
+        import transaction
+        from pyramid_async.scheduler import TransactionalScheduler
+
+        ran, gate = os.pipe(), os.pipe()
+        scheduler = TransactionalScheduler()
+        scheduler.workers = scheduler.executor.workers = 1
+        scheduler.executor.recovery.interval = 0.02
+
+        def hold():
+            os.read(gate[0], 1)
+
+        def note(name):
+            os.write(ran[1], f"{name} {os.getpid()};".encode())
+
+        scheduler.schedule(hold)
+        scheduler.schedule(note, "parents")
+        transaction.commit()
+        parent = os.getpid()
+        child = os.fork()
+        if child == 0:
+            sid = scheduler.schedule(note, "childs")
+            transaction.commit()
+            while not scheduler.completed(sid):
+                time.sleep(0.005)
+            for _ in range(3):
+                scheduler.executor.recovery.look()
+            os._exit(0)
+        os.waitpid(child, 0)
+        os.write(gate[1], b"x")
+        scheduler.stop(5)
+        os.close(ran[1])
+        said = os.read(ran[0], 1000).decode().split(";")[:-1]
+        assert f"parents {child}" not in said, said
+        assert f"childs {child}" in said, said
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,856 @@
+"""Run one job: attempts, conflicts, failures, claims; against both stores, without Pyramid."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import defaultdict
+from types import SimpleNamespace
+from uuid import uuid4
+
+import pytest
+import transaction
+from bare import ROOT, LosesReply, Process, memory, process, together
+from persistent import Persistent
+from persistent.mapping import PersistentMapping
+from transaction.interfaces import TransientError
+from webapp import GATES, Barrier, gate
+from ZODB.POSException import ConflictError
+
+import pyramid_async.transactional
+import pyramid_async.worker
+from pyramid_async import JobFailed, JobStopped, current_job
+from pyramid_async.interfaces import NotSchedulable
+from pyramid_async.jobs import ACCEPTED, RUNNING, Live
+from pyramid_async.recovery import Sign
+from pyramid_async.transactional import LONGEST_PAUSE
+from pyramid_async.zodb import ZodbStore
+
+CALLS = defaultdict(list)  # key of a test -> what its jobs noted
+
+
+@pytest.fixture
+def key():
+    name = uuid4().hex
+    yield name
+    CALLS.pop(name, None)
+
+
+@pytest.fixture
+def at():
+    with gate() as name:
+        yield name
+
+
+@pytest.fixture
+def db():
+    yield from memory()
+
+
+@pytest.fixture(params=["ram", "zodb"])
+def one(request, db):
+    """One process; the test runs its jobs by hand."""
+    with process(request.param, db) as made:
+        yield made
+
+
+@pytest.fixture
+def durable(db):
+    with process("zodb", db) as made:
+        yield made
+
+
+# -- what jobs do --------------------------------------------------------------------------
+
+
+def note(key, value=None):
+    CALLS[key].append(value)
+    return value
+
+
+def give(value):
+    return value
+
+
+def mark(root, key):
+    root["marked"] = key
+    CALLS[key].append(current_job().attempt)
+    return key
+
+
+def mark_and_raise(root, key, error):
+    mark(root, key)
+    raise error()
+
+
+def mark_and_return(root, key, make):
+    mark(root, key)
+    return make()
+
+
+def count(root, key):
+    CALLS[key].append(current_job().attempt)
+    root["n"] = root.get("n", 0) + 1
+    return root["n"]
+
+
+def count_and_lose_the_reply(root, key, error):
+    transaction.get().join(LosesReply(error()))
+    return count(root, key)
+
+
+def count_behind_gate(root, key, name):
+    count(root, key)
+    GATES[name].pass_through()
+
+
+def count_and_commit_behind_gate(root, key, name, phase, sort_key):
+    count(root, key)
+    transaction.get().join(Barrier(name, phase, sort_key))
+
+
+def conflict(key, times):
+    """Raise as many conflicts, then return the number of calls."""
+    CALLS[key].append(current_job().attempt)
+    if len(CALLS[key]) <= times:
+        raise ConflictError("injected")
+    return len(CALLS[key])
+
+
+def stop_once(key):
+    CALLS[key].append(current_job().attempt)
+    if len(CALLS[key]) == 1:
+        raise JobStopped("the process stops")
+
+
+def progress(name, steps):
+    for step in range(steps):
+        current_job().progress(step, steps, f"step {step}")
+    GATES[name].pass_through()
+
+
+class TwoRequired(Exception):
+    """Can be pickled and not be loaded again."""
+
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
+
+
+class Textless(Exception):
+    def __str__(self):
+        raise ZeroDivisionError
+
+
+class HoldsLock(Exception):
+    def __init__(self):
+        super().__init__("holds a lock")
+        self.lock = threading.Lock()
+
+
+class Unloadable:
+    def __reduce__(self):
+        return explode, ()
+
+
+def explode():
+    raise RuntimeError("cannot be loaded")
+
+
+def two_required():
+    return TwoRequired("one", "two")
+
+
+def lambda_result():
+    return [1, {"a": lambda: None}]
+
+
+def generator_result():
+    return (n for n in range(3))
+
+
+# -- conflicts -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """Bounds of the random pauses; the pauses themselves are over at once."""
+    bounds = []
+
+    def uniform(low, high):
+        bounds.append((low, high))
+        return high
+
+    slept = []
+    fake = SimpleNamespace(now=0.0, took=0.0, bounds=bounds, slept=slept)
+
+    def monotonic():
+        fake.now += fake.took / 2  # asked before and after an attempt
+        return fake.now
+
+    clock = SimpleNamespace(monotonic=monotonic, sleep=slept.append)
+    monkeypatch.setattr(pyramid_async.transactional, "random", SimpleNamespace(uniform=uniform))
+    monkeypatch.setattr(pyramid_async.worker, "time", clock)
+    return fake
+
+
+def test_job_that_meets_conflicts_is_tried_again_until_it_succeeds(one, key, pauses):
+    sid = one.run(conflict, key, 9)
+    assert one.result(sid) == (10, None)
+    assert len(pauses.slept) == 9
+
+
+def test_conflicts_are_no_attempts(one, key, pauses):
+    sid = one.run(conflict, key, 3)
+    assert CALLS[key] == [1, 1, 1, 1]
+    assert one.status(sid).attempts == 1
+
+
+def test_job_fails_when_conflicts_go_on(one, key, pauses):
+    one.worker.conflict_attempts = 4
+    sid = one.run(conflict, key, 100)
+    assert (one.status(sid).status, len(CALLS[key])) == ("failed", 4)
+    assert isinstance(one.result(sid)[1], ConflictError)
+
+
+def test_job_with_one_attempt_fails_at_its_first_conflict(one, key, pauses):
+    one.worker.conflict_attempts = 1
+    one.run(conflict, key, 100)
+    assert (len(CALLS[key]), pauses.slept) == (1, [])
+
+
+def test_pauses_are_random_from_nothing_to_a_bound_that_doubles(one, key, pauses):
+    one.run(conflict, key, 5)
+    assert pauses.bounds == [(0, bound) for bound in (0.02, 0.04, 0.08, 0.16, 0.32)]
+    assert pauses.slept == [high for _, high in pauses.bounds]
+
+
+def test_pauses_grow_with_the_duration_of_the_attempt_up_to_a_limit(one, key, pauses):
+    pauses.took = 2.0
+    one.run(conflict, key, 4)
+    elapsed = [high for _, high in pauses.bounds]
+    assert elapsed == [2.0, 4.0, LONGEST_PAUSE, LONGEST_PAUSE]
+
+
+def test_conflict_leaves_no_effects_of_the_attempt_that_met_it(durable, key, at):
+    other = threading.Thread(target=durable.run, args=(count_behind_gate, ROOT, key, at))
+    other.start()
+    GATES[at].reach()
+    with durable.transaction() as (_, root):
+        root["n"] = 10
+    GATES[at].opened.set()
+    other.join(10)
+    assert durable.root(lambda root: root["n"]) == 11
+    assert CALLS[key] == [1, 1]
+
+
+def drain(items, key):
+    """Use up the argument, and conflict the first time."""
+    found = [items["all"].pop() for _ in range(len(items["all"]))]
+    CALLS[key].append(found)
+    if len(CALLS[key]) == 1:
+        raise ConflictError("injected")
+    return found
+
+
+def test_next_attempt_gets_the_arguments_as_they_were_scheduled(one, key, pauses):
+    sid = one.run(drain, {"all": [1, 2, 3]}, key)
+    assert CALLS[key] == [[3, 2, 1], [3, 2, 1]]
+    assert one.result(sid) == ([3, 2, 1], None)
+
+
+# -- one commit ----------------------------------------------------------------------------
+
+
+def serials(durable, sid):
+    with durable.transaction() as (table, root):
+        record = table.get(sid)
+        record._p_activate()
+        root._p_activate()
+        return record._p_serial, root._p_serial
+
+
+def test_effects_result_and_status_are_one_commit(durable, key):
+    sid = durable.schedule(mark, ROOT, key)
+    before = durable.commits()
+    durable.worker.run(sid)
+    assert durable.commits() == before + 1
+    of_record, of_effect = serials(durable, sid)
+    assert of_record == of_effect == durable.db.lastTransaction()
+    assert durable.result(sid) == (key, None)
+
+
+def test_undo_log_shows_one_transaction_that_bears_the_sid(file_db, key):
+    with process("zodb", file_db) as one:
+        sid = one.schedule(mark, ROOT, key)
+        one.worker.run(sid)
+        newest, before = file_db.undoLog(0, 2)
+        assert newest["pyramid_async"] == sid
+        assert "pyramid_async" not in before
+
+
+def last_oids(db):
+    *_, last = db.storage.iterator()
+    return {record.oid for record in last}
+
+
+def test_final_commit_writes_the_record_and_the_effects_and_nothing_else(durable, key):
+    """An index or a counter there would make long jobs conflict over bookkeeping."""
+    sid = durable.run(mark, ROOT, key)
+    with durable.transaction() as (table, root):
+        assert last_oids(durable.db) == {table.get(sid)._p_oid, root._p_oid}
+
+
+def test_final_commit_of_a_claimed_job_writes_the_record_alone(durable):
+    sid = durable.schedule(give, 1)
+    durable.worker.run(sid, durable.die(sid))
+    with durable.transaction() as (table, _):
+        assert last_oids(durable.db) == {table.get(sid)._p_oid}
+
+
+def test_failure_writes_the_record_alone(durable, key):
+    sid = durable.run(mark_and_raise, ROOT, key, ZeroDivisionError)
+    with durable.transaction() as (table, _):
+        assert last_oids(durable.db) == {table.get(sid)._p_oid}
+
+
+def test_jobs_that_commit_at_the_same_time_do_not_conflict(durable, key, pauses):
+    """Also those of one shard; there is but one here."""
+    with durable.transaction() as (table, _):
+        table.root.unfinished = table.root.unfinished[:1]
+        table.root.finished = table.root.finished[:1]
+    sids = [durable.schedule(note, key) for _ in range(8)]
+    together(*[lambda sid=sid: durable.worker.run(sid) for sid in sids])
+    assert len(CALLS[key]) == 8
+    assert pauses.slept == []
+
+
+def test_progress_writes_nothing(durable, at):
+    sid = durable.schedule(progress, at, 1000)
+    before = durable.db.lastTransaction()
+    thread = threading.Thread(target=durable.worker.run, args=[sid])
+    thread.start()
+    GATES[at].reach()
+    assert durable.status(sid).message == "step 999"
+    assert durable.db.lastTransaction() == before
+    GATES[at].opened.set()
+    thread.join(10)
+    assert durable.status(sid).status == "successful"
+
+
+def test_outcome_and_effects_appear_at_the_same_time(one, key, at):
+    """Whoever looks while the commit waits at its vote sees neither."""
+    sid = one.schedule(count_and_commit_behind_gate, ROOT, key, at, "tpc_begin", "!first")
+    thread = threading.Thread(target=one.worker.run, args=[sid])
+    thread.start()
+    GATES[at].reach()
+    assert one.status(sid).status == "running"
+    assert one.root(lambda root: "n" in root) is False
+    GATES[at].opened.set()
+    thread.join(10)
+    assert one.status(sid).status == "successful"
+    assert one.root(lambda root: root["n"]) == 1
+
+
+# -- failures ------------------------------------------------------------------------------
+
+
+def test_failed_job_leaves_no_effects(one, key):
+    sid = one.run(mark_and_raise, ROOT, key, ZeroDivisionError)
+    assert one.status(sid).status == "failed"
+    assert one.root(lambda root: "marked" in root) is False
+    assert one.told == [(sid, "failed")]
+
+
+UNSTORABLE = pytest.mark.parametrize(
+    "make", [lambda_result, generator_result, threading.Lock, Unloadable]
+)
+
+
+@UNSTORABLE
+def test_result_that_cannot_be_kept_fails_its_job_and_leaves_no_effects(durable, key, make):
+    sid = durable.run(mark_and_return, ROOT, key, make)
+    status = durable.status(sid)
+    assert (status.status, durable.root(lambda root: "marked" in root)) == ("failed", False)
+    value, error = durable.result(sid)
+    assert value is None
+    assert isinstance(error, NotSchedulable)
+    assert "cannot be stored" in str(error)
+    assert CALLS[key] == [1]
+
+
+@UNSTORABLE
+def test_ram_keeps_any_result(db, key, make):
+    with process("ram", db) as one:
+        value, error = one.result(one.run(mark_and_return, ROOT, key, make))
+        assert (type(value), error) == (type(make()), None)
+        assert one.root(lambda root: root["marked"]) == key
+
+
+@pytest.mark.parametrize("make", [two_required, HoldsLock])
+def test_exception_that_cannot_be_kept_is_kept_by_name_and_text(durable, key, make):
+    sid = durable.run(mark_and_raise, ROOT, key, make)
+    with durable.transaction() as (table, _):
+        table.connection.cacheMinimize()
+    failure = durable.status(sid).failure
+    assert (failure.class_name, failure.message) == (type(make()).__name__, str(make()))
+    assert "in mark_and_raise" in failure.traceback
+    value, error = durable.result(sid)
+    assert value is None
+    assert type(error) is JobFailed
+    assert error.args == (failure.class_name, failure.message)
+
+
+def test_ram_keeps_any_exception(db, key):
+    with process("ram", db) as one:
+        _, error = one.result(one.run(mark_and_raise, ROOT, key, two_required))
+        assert type(error) is TwoRequired
+        assert error.__traceback__ is None
+
+
+class Carrier(Exception):
+    """Holds an object beside its arguments."""
+
+    def __init__(self, thing):
+        super().__init__("it carries something")
+        self.thing = thing
+
+
+def raise_with_object(root, how):
+    thing = root["thing"] = PersistentMapping()
+    transaction.savepoint()
+    del root["thing"]
+    raise how(root if how is ValueError else thing)
+
+
+@pytest.mark.parametrize("how", [ValueError, Carrier])
+def test_exception_brings_no_object_of_the_jobs_connection(one, how):
+    """That connection is another thread's."""
+    sid = one.run(raise_with_object, ROOT, how)
+    failure = one.status(sid).failure
+    assert failure.class_name == how.__name__
+    with one.transaction() as (table, root):
+        _, error = one.scheduler.using(tm=table.tm).get_result(sid)
+        objects = [*error.args, *vars(error).values()]
+        jars = {obj._p_jar for obj in objects if isinstance(obj, Persistent)}
+        assert jars <= {root._p_jar, None}
+
+
+def test_exception_whose_text_raises_fails_its_job(one, key):
+    sid = one.run(mark_and_raise, ROOT, key, Textless)
+    status = one.status(sid)
+    assert (status.status, status.failure.class_name) == ("failed", "Textless")
+    assert status.failure.message == "(its text raises ZeroDivisionError)"
+    value, error = one.result(sid)
+    assert value is None
+    assert isinstance(error, Textless | JobFailed)
+
+
+@pytest.mark.parametrize(
+    "error", [SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError, BaseException]
+)
+def test_base_exception_of_the_function_fails_its_job_and_not_the_worker(one, key, error):
+    sid = one.run(mark_and_raise, ROOT, key, error)
+    assert (one.status(sid).status, one.status(sid).failure.class_name) == (
+        "failed",
+        error.__name__,
+    )
+    assert type(one.result(sid)[1]) is error
+    assert one.root(lambda root: "marked" in root) is False
+    assert one.result(one.run(give, 1)) == (1, None)
+
+
+def test_exception_keeps_no_frame_and_no_connection_alive(one, key):
+    sid = one.run(mark_and_raise, ROOT, key, ZeroDivisionError)
+    error = one.result(sid)[1]
+    assert (error.__traceback__, error.__context__, error.__cause__) == (None, None, None)
+
+
+# -- replies that are lost -----------------------------------------------------------------
+
+
+class ReplyLost(TransientError):
+    pass
+
+
+@pytest.mark.parametrize("error", [ReplyLost, OSError, ValueError, SystemExit])
+def test_lost_reply_to_the_final_commit_leaves_the_effects_once(durable, key, error, pauses):
+    sid = durable.run(count_and_lose_the_reply, ROOT, key, error)
+    assert CALLS[key] == [1]
+    assert durable.root(lambda root: root["n"]) == 1
+    assert durable.status(sid).status == "successful"
+    assert durable.status(sid).attempts == 1
+    assert durable.told == [(sid, "successful")]
+    assert durable.result(sid) == (1, None)
+
+
+def test_lost_reply_to_a_claim_does_not_count_the_attempt_twice(durable, key, monkeypatch):
+    sid = durable.schedule(count, ROOT, key)
+    seen = durable.die(sid)
+    lost = [1]
+    take = durable.worker._take
+
+    def take_and_lose(record, job, table):
+        taken = take(record, job, table)
+        if lost.pop() if lost else False:
+            table.tm.get().join(LosesReply(ReplyLost()))
+        return taken
+
+    monkeypatch.setattr(durable.worker, "_take", take_and_lose)
+    durable.worker.run(sid, seen)
+    assert (CALLS[key], lost) == ([2], [])
+    assert durable.status(sid).attempts == 2
+    assert durable.status(sid).status == "successful"
+
+
+def test_lost_reply_to_the_commit_of_a_failure_leaves_one_failure(durable, key, monkeypatch):
+    record_failure = durable.worker._record_failure
+    calls = []
+
+    def record_and_lose(job, error, failure, table):
+        outcome = record_failure(job, error, failure, table)
+        calls.append(outcome)
+        if len(calls) == 1:
+            table.tm.get().join(LosesReply(ReplyLost()))
+        return outcome
+
+    monkeypatch.setattr(durable.worker, "_record_failure", record_and_lose)
+    sid = durable.run(mark_and_raise, ROOT, key, ZeroDivisionError)
+    assert [status for status, _ in calls] == ["failed", "failed"]
+    assert CALLS[key] == [1]
+    assert durable.told == [(sid, "failed")]
+
+
+# -- dismissal -----------------------------------------------------------------------------
+
+
+def test_job_dismissed_while_it_runs_leaves_no_effects_and_is_not_repeated(one, key, at):
+    sid = one.schedule(count_behind_gate, ROOT, key, at)
+    thread = threading.Thread(target=one.worker.run, args=[sid])
+    thread.start()
+    GATES[at].reach()
+    assert one.cancel(sid) is True
+    GATES[at].opened.set()
+    thread.join(10)
+    assert one.status(sid).status == "dismissed"
+    assert one.root(lambda root: "n" in root) is False
+    assert (CALLS[key], one.told, one.worker.running) == ([1], [], {})
+
+
+def test_job_dismissed_while_it_begins_to_commit_leaves_no_effects(one, key, at):
+    """It has passed its last check; the record is the fence."""
+    sid = one.schedule(count_and_commit_behind_gate, ROOT, key, at, "tpc_begin", "!first")
+    thread = threading.Thread(target=one.worker.run, args=[sid])
+    thread.start()
+    GATES[at].reach()
+    assert one.cancel(sid) is True
+    GATES[at].opened.set()
+    thread.join(10)
+    assert one.status(sid).status == "dismissed"
+    assert one.root(lambda root: "n" in root) is False
+    assert (CALLS[key], one.told) == ([1], [])
+
+
+def test_job_taken_by_another_worker_while_it_runs_leaves_no_effects(one, key, at):
+    """A zombie that wakes after its lease finds its job in other hands."""
+    sid = one.schedule(count_behind_gate, ROOT, key, at)
+    zombie = threading.Thread(target=one.worker.run, args=[sid])
+    zombie.start()
+    GATES[at].reach()
+    other = Process(one.store, one.db)
+    with one.transaction() as (table, _):
+        table.get(sid).claim("other", "signature of the other", 1.0)
+    GATES[at].opened.set()
+    zombie.join(10)
+    assert one.root(lambda root: "n" in root) is False
+    record = one.record(sid)
+    assert (record["status"], record["signature"]) == (RUNNING, "signature of the other")
+    other.worker.run(sid, "signature of the other")
+    assert one.root(lambda root: root["n"]) == 1
+    assert (one.told, other.told) == ([], [(sid, "successful")])
+
+
+def test_failure_of_a_job_that_was_taken_by_another_is_not_recorded(one, key, at):
+    sid = one.schedule(fail_behind_gate, key, at)
+    zombie = threading.Thread(target=one.worker.run, args=[sid])
+    zombie.start()
+    GATES[at].reach()
+    with one.transaction() as (table, _):
+        table.get(sid).claim("other", "signature of the other", 1.0)
+    GATES[at].opened.set()
+    zombie.join(10)
+    assert one.status(sid).status == "running"
+    assert one.status(sid).failure is None
+    assert one.told == []
+
+
+def fail_behind_gate(key, name):
+    GATES[name].pass_through()
+    raise ZeroDivisionError
+
+
+def test_failure_of_a_removed_job_is_nobodys(one, key, at):
+    sid = one.schedule(fail_behind_gate, key, at)
+    zombie = threading.Thread(target=one.worker.run, args=[sid])
+    zombie.start()
+    GATES[at].reach()
+    one.ask(lambda scheduler: scheduler.remove(sid))
+    GATES[at].opened.set()
+    zombie.join(10)
+    assert (one.status(sid), one.told) == (None, [])
+
+
+# -- claims --------------------------------------------------------------------------------
+
+
+def contenders(one, number):
+    """Workers of several processes on one database, or of one RAM store."""
+    stores = [
+        ZodbStore(one.db) if isinstance(one.store, ZodbStore) else one.store for _ in range(number)
+    ]
+    return [Process(store, one.db) for store in stores]
+
+
+def test_one_of_eight_rescuers_runs_the_job(one, key):
+    sid = one.schedule(count, ROOT, key)
+    seen = one.die(sid)
+    others = contenders(one, 8)
+    together(*[lambda p=p: p.worker.run(sid, seen) for p in others])
+    assert CALLS[key] == [2]
+    assert one.root(lambda root: root["n"]) == 1
+    assert [told for p in others for told in p.told] == [(sid, "successful")]
+    assert one.status(sid).attempts == 2
+
+
+def test_one_of_eight_who_answer_runs_the_job(one, key):
+    sid = one.schedule(count, ROOT, key)
+    one.record(sid, holder=None)
+    others = contenders(one, 8)
+    together(*[lambda p=p: p.worker.answer(sid) for p in others])
+    assert CALLS[key] == [1]
+    assert one.root(lambda root: root["n"]) == 1
+    assert one.status(sid).attempts == 1
+
+
+def test_rescuer_that_saw_another_signature_leaves_the_job_alone(one, key):
+    sid = one.schedule(count, ROOT, key)
+    one.die(sid, signature="newer")
+    for seen in ("older", None):
+        one.worker.run(sid, seen)
+    assert CALLS[key] == []
+    assert one.record(sid)["signature"] == "newer"
+
+
+def test_job_that_nobody_signed_is_rescued(one, key):
+    sid = one.schedule(count, ROOT, key)
+    one.die(sid, status=ACCEPTED, signature=None, attempts=0)
+    one.worker.run(sid, None)
+    assert CALLS[key] == [1]
+    assert one.status(sid).attempts == 1
+
+
+def test_worker_does_not_run_what_waits_in_anothers_queue(one, key):
+    sid = one.schedule(count, ROOT, key)
+    one.die(sid, status=ACCEPTED, signature=None, attempts=0)
+    one.worker.run(sid)
+    assert CALLS[key] == []
+
+
+@pytest.mark.parametrize("facts", [{}, {"status": RUNNING, "signature": "x", "holder": None}])
+def test_bell_for_a_job_that_somebody_holds_changes_nothing(one, key, facts):
+    """Without facts it waits in the queue of a process."""
+    sid = one.schedule(count, ROOT, key)
+    before = one.record(sid, **facts)
+    one.worker.answer(sid)
+    assert CALLS[key] == []
+    assert one.record(sid) == before
+
+
+@pytest.mark.parametrize("sid", ["0" * 32, "", "no sid\n", "../..", "é" * 1000])
+def test_bell_for_no_job_changes_nothing(one, sid):
+    before = one.db.lastTransaction()
+    one.worker.answer(sid)
+    one.worker.run(sid)
+    one.worker.run(sid, None)
+    assert one.db.lastTransaction() == before
+    assert one.told == []
+
+
+@pytest.mark.parametrize("end", ["successful", "failed", "dismissed"])
+def test_late_bell_for_a_job_that_ended_changes_nothing(one, key, end):
+    sid = one.schedule(note if end != "failed" else fail, key)
+    if end == "dismissed":
+        one.cancel(sid)
+    else:
+        one.worker.run(sid)
+    calls, told = list(CALLS[key]), list(one.told)
+    before = one.record(sid)
+    one.worker.answer(sid)
+    one.worker.run(sid)
+    one.worker.run(sid, before.get("signature"))
+    assert (CALLS[key], one.told, one.record(sid)) == (calls, told, before)
+    assert one.status(sid).status == end
+
+
+def fail(key):
+    CALLS[key].append("failed")
+    raise ZeroDivisionError
+
+
+def test_bell_for_a_job_that_is_not_due_makes_it_wait(one, key):
+    sid = one.schedule(note, key, run_after=3600)
+    one.record(sid, holder=None)
+    waits = []
+    one.worker.later = lambda when, sid: waits.append((when, sid))
+    one.worker.answer(sid)
+    assert (CALLS[key], waits) == ([], [(one.record(sid)["run_after"], sid)])
+
+
+def test_own_job_that_is_not_due_waits(one, key):
+    sid = one.schedule(note, key, run_after=3600)
+    waits = []
+    one.worker.later = lambda when, sid: waits.append((when, sid))
+    one.worker.run(sid)
+    assert (CALLS[key], waits) == ([], [(one.record(sid)["run_after"], sid)])
+
+
+# -- attempts ------------------------------------------------------------------------------
+
+
+def test_attempt_counts_when_it_is_claimed(one, key, at):
+    sid = one.schedule(count_behind_gate, ROOT, key, at)
+    thread = threading.Thread(target=one.worker.run, args=[sid, one.die(sid, attempts=1)])
+    thread.start()
+    GATES[at].reach()
+    assert one.record(sid)["attempts"] == 2
+    GATES[at].opened.set()
+    thread.join(10)
+    assert one.status(sid).attempts == 2
+
+
+def test_attempt_that_is_given_back_does_not_count(one, key):
+    sid = one.schedule(stop_once, key)
+    one.worker.run(sid)
+    record = one.record(sid)
+    assert (record["status"], record.get("attempts", 0), one.told) == (ACCEPTED, 0, [])
+    one.worker.answer(sid)
+    assert CALLS[key] == [1, 1]
+    assert one.status(sid).attempts == 1
+
+
+def test_rescued_attempt_that_is_given_back_does_not_count(one, key):
+    sid = one.schedule(stop_once, key)
+    one.worker.run(sid, one.die(sid, attempts=1))
+    record = one.record(sid)
+    assert (record["status"], record["attempts"], record["holder"]) == (ACCEPTED, 1, None)
+    one.worker.answer(sid)
+    assert CALLS[key] == [2, 2]
+
+
+def test_job_that_kills_its_workers_ends_failed(one, key):
+    sid = one.schedule(count, ROOT, key)
+    seen = one.die(sid, attempts=3)
+    one.worker.run(sid, seen)
+    status = one.status(sid)
+    assert (status.status, CALLS[key]) == ("failed", [])
+    assert status.failure.message.startswith("3 attempts ended without a word")
+    assert "process dead" in status.failure.message
+    value, error = one.result(sid)
+    assert value is None
+    assert type(error) is JobFailed
+    assert "3 attempts ended without a word" in str(error)
+
+
+def test_reason_names_the_worker_and_its_last_sign_of_life(durable, key):
+    sid = durable.schedule(count, ROOT, key)
+    with durable.transaction() as (table, _):
+        sign = table.root.signs["dead"] = Sign("host-7:4711")
+        sign.at = 0.0
+    durable.worker.run(sid, durable.die(sid, attempts=3))
+    message = durable.status(sid).failure.message
+    assert "process dead (host-7:4711, last sign of life 1970-01-01T00:00:00+00:00)" in message
+
+
+def test_reason_says_when_there_was_no_sign_of_life(durable, key):
+    sid = durable.schedule(count, ROOT, key)
+    durable.worker.run(sid, durable.die(sid, attempts=3))
+    assert "process dead (no sign of life)" in durable.status(sid).failure.message
+
+
+def test_jobs_own_limit_of_attempts_wins(one, key):
+    sid = one.schedule(count, ROOT, key, max_attempts=1)
+    one.worker.run(sid, one.die(sid, attempts=1))
+    assert one.status(sid).status == "failed"
+    sid = one.schedule(count, ROOT, key, max_attempts=5)
+    one.worker.run(sid, one.die(sid, attempts=4))
+    assert (one.status(sid).status, CALLS[key]) == ("successful", [5])
+
+
+def test_job_that_only_waited_in_a_dead_process_has_lost_no_attempt(one, key):
+    sid = one.schedule(count, ROOT, key, max_attempts=1)
+    one.die(sid, status=ACCEPTED, signature=None, attempts=0)
+    one.worker.run(sid, None)
+    assert (one.status(sid).status, CALLS[key]) == ("successful", [1])
+
+
+def test_progress_of_a_dead_attempt_is_not_lost(durable, key):
+    sid = durable.schedule(count, ROOT, key)
+    with durable.transaction() as (table, _):
+        sign = table.root.signs["dead"] = Sign("host-7:4711")
+        sign.running = {sid: Live(1.0, 1.0, 1, 40)}
+    seen = durable.die(sid)
+    durable.worker.free(sid, seen)
+    assert durable.status(sid).progress == 40
+    assert durable.record(sid)["holder"] is None
+
+
+def test_job_whose_signature_changed_is_not_freed(one, key):
+    sid = one.schedule(count, ROOT, key)
+    one.die(sid, signature="newer")
+    one.worker.free(sid, "older")
+    assert one.record(sid)["signature"] == "newer"
+
+
+# -- wake-ups ------------------------------------------------------------------------------
+
+
+def test_wake_up_that_comes_twice_runs_the_job_once(one, key, at):
+    sid = one.schedule(count_behind_gate, ROOT, key, at)
+    thread = threading.Thread(target=one.worker.run, args=[sid])
+    thread.start()
+    GATES[at].reach()
+    one.worker.run(sid)
+    one.worker.run(sid, None)
+    one.worker.answer(sid)
+    GATES[at].opened.set()
+    thread.join(10)
+    one.worker.run(sid)
+    assert CALLS[key] == [1]
+    assert one.told == [(sid, "successful")]
+
+
+@pytest.mark.parametrize("kind", ["ram", "zodb"])
+def test_many_wake_ups_from_many_threads_run_each_job_once(db, key, kind):
+    with process(kind, db, workers=4) as one:
+        sids = [one.schedule(note, key, number) for number in range(10)]
+        together(*[lambda: [one.executor.wake(True, sid) for sid in sids] for _ in range(4)])
+        for sid in sids:
+            one.wait(sid)
+        assert sorted(CALLS[key]) == list(range(10))
+
+
+def test_worker_leaves_the_job_when_the_database_is_out_of_reach(durable, key, caplog):
+    """It logs and goes on; recovery finds the job later."""
+    sid = durable.schedule(note, key)
+    table = durable.store.table
+
+    def unreachable(tm, connect=None):
+        raise ConnectionError("no route to host")
+
+    durable.store.table = unreachable
+    durable.worker.conflict_attempts = 1
+    durable.worker.run(sid)
+    durable.store.table = table
+    assert "was left as it is" in caplog.text
+    assert (CALLS[key], durable.status(sid).status) == ([], "accepted")
+    durable.worker.run(sid)
+    assert CALLS[key] == [None]
