@@ -23,6 +23,7 @@ import math
 import random
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import wraps
 from time import sleep
 from types import MethodType
@@ -270,6 +271,21 @@ def _name(f: Callable[..., Any]) -> str:
 transactional = TransactionManager()
 
 
+class OwnManager(transaction.TransactionManager):
+    """An explicit manager for transactions of our own; an abort without one does nothing.
+
+    A connection that could not be opened keeps its manager, and ``DB.close`` aborts the managers
+    of all its connections: it would fail, and leave the storage open, where one has no transaction.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(explicit=True)
+
+    def abort(self) -> None:
+        with suppress(NoTransaction):
+            super().abort()
+
+
 def transact(store: Any, work: Callable[[Any], Any], attempts: int = 5) -> Any:
     """Call ``work(table)`` in a transaction and on a connection of its own; return its value.
 
@@ -278,7 +294,7 @@ def transact(store: Any, work: Callable[[Any], Any], attempts: int = 5) -> Any:
     """
     pauses = backoff(attempts - 1, 0.01, most=LONGEST_PAUSE)
     while True:
-        tm = transaction.TransactionManager(explicit=True)
+        tm = OwnManager()
         tm.begin()
         try:
             value = work(store.table(tm))

@@ -13,7 +13,6 @@ from pkgutil import resolve_name
 from typing import Any
 from zlib import crc32
 
-import transaction
 from BTrees.OOBTree import OOBTree, OOTreeSet
 from persistent import Persistent
 from ZODB.blob import BlobStorage
@@ -27,7 +26,7 @@ from .context import dumps, loads
 from .interfaces import AsyncError, IJobStore, IJobTable, NotSchedulable
 from .jobs import JobRecord
 from .process import Connections, Identity
-from .transactional import TransactionManager, transact
+from .transactional import OwnManager, TransactionManager, transact
 from .zeo import forget_oids_on_reconnect
 
 ROOT_KEY = "pyramid_async"
@@ -132,7 +131,7 @@ class ZodbStore:
 
         Processes that start together conflict, and the later one finds it made.
         """
-        tm = transaction.TransactionManager(explicit=True)
+        tm = OwnManager()
         try:
             TransactionManager(manager=tm)(self._make_root)(tm)
         finally:

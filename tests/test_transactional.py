@@ -13,16 +13,28 @@ import pytest
 import transaction
 from persistent.mapping import PersistentMapping
 from transaction.interfaces import NoTransaction, TransientError
+from ZODB import DB
+from ZODB.DemoStorage import DemoStorage
 from ZODB.POSException import ConflictError, ReadConflictError
 
 import pyramid_async.transactional
 from pyramid_async.transactional import (
+    OwnManager,
     TransactionManager,
     backoff,
     is_managed,
     mark,
     transactional,
 )
+
+
+class Closing(DemoStorage):
+    closed = False
+
+    def close(self):
+        super().close()
+        self.closed = True
+
 
 LOGGER = "pyramid_async.transactional"
 
@@ -870,3 +882,13 @@ def test_backoff_is_spread_over_the_whole_range():
 
 def test_backoff_stays_finite_however_many_attempts():
     assert all(map(math.isfinite, backoff(3000, 1, most=5)))
+
+
+def test_a_database_closes_while_a_manager_of_ours_has_no_transaction():
+    storage = Closing()
+    db = DB(storage)
+    db.open(OwnManager())
+
+    db.close()
+
+    assert storage.closed
