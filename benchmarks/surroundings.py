@@ -17,10 +17,10 @@ from ZODB.FileStorage import FileStorage
 
 from pyramid_async.interfaces import IScheduler
 from pyramid_async.jobs import SUCCESSFUL, JobRecord
+from pyramid_async.process import new_id
 from pyramid_async.scheduler import (
     PersistentTransactionalScheduler,
     TransactionalScheduler,
-    new_sid,
 )
 from pyramid_async.worker import transact
 
@@ -141,7 +141,7 @@ def add_archived(store: Any, count: int, table: Any) -> None:
 
 def add(store: Any, count: int, table: Any, done: bool = False) -> list[str]:
     # By tree, so that each is written once.
-    sids = sorted(new_sid() for _ in range(count))
+    sids = sorted(new_id() for _ in range(count))
     for sid in sids:
         table.add(record(store, sid, done))
     return sids
@@ -151,6 +151,6 @@ def record(store: Any, sid: str, done: bool) -> JobRecord:
     now = time.time()
     job = JobRecord(sid, now, "benchmarks.jobs:nothing", holder=store.process)
     if done:
-        job.claim(store.process, new_sid(), now)
+        job.claim(store.process, new_id(), now)
         job.finish(SUCCESSFUL, now, 3600)
     return job

@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pickle import PicklingError, UnpicklingError
 from typing import Any
 
 import transaction
-from transaction.interfaces import NoTransaction, TransientError
+from transaction.interfaces import TransientError
 from ZODB.POSException import InvalidObjectReference
 
 from .current import Job, running
 from .interfaces import AsyncError, JobDismissed
 from .jobs import ACCEPTED, SUCCESSFUL, JobRecord
+from .process import manager_itself
 from .transactional import mark
 
 
@@ -44,7 +44,8 @@ class Surroundings:
 
 def end(tm: Any) -> None:
     """Abort what is left of a transaction, if any is."""
-    with suppress(NoTransaction):
+    # Asked of the manager, for one that is not explicit would begin a transaction to abort it.
+    if manager_itself(tm)._txn is not None:
         tm.abort()
 
 
@@ -53,17 +54,6 @@ class Unreliable(AsyncError, TransientError):
 
     def __str__(self) -> str:
         return f"the storage failed: {self.args[0]}"
-
-
-@contextmanager
-def storage_at_work() -> Iterator[None]:
-    """Turn what a storage raises (a lost backend, no memory) into a TransientError."""
-    try:
-        yield
-    except (TransientError, AsyncError, *LASTING):
-        raise
-    except Exception as error:
-        raise Unreliable(repr(error)) from error
 
 
 # Errors that the next attempt would meet again: of the job's data, not of the storage.
@@ -78,6 +68,20 @@ LASTING = (
     UnpicklingError,
     ValueError,
 )
+
+# What a storage raises that says what it means.
+TRUE_ERRORS = (TransientError, AsyncError, *LASTING)
+
+
+class storage_at_work:
+    """Context manager: turn what a storage raises (a lost backend, no memory) into Unreliable."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, TRUE_ERRORS):
+            raise Unreliable(repr(error)) from error
 
 
 class NotOurs(Exception):
@@ -118,7 +122,7 @@ class Attempt:
             if record.run_after is not None and record.run_after > self.store.clock():
                 raise NotDue(record.run_after)
             self.job.request = self.surroundings.prepare(record)
-            self._watch(self._table().connection)
+            self._watch(self.table.connection)
             value = self._call(record)
             self._succeed(value)
             self._commit()
@@ -135,21 +139,19 @@ class Attempt:
     def _begin(self) -> JobRecord | None:
         with storage_at_work():
             self.surroundings.begin()
-            record = self._record()
+            record = self._read()
         if record is not None:
             annotate(self.surroundings.tm.get(), record)
         return record
 
-    def _table(self) -> Any:
-        # Of the present transaction: the function may have ended the one it began in.
-        return self.store.table(self.surroundings.tm, self.surroundings.connect)
-
-    def _record(self) -> JobRecord | None:
-        record: JobRecord | None = self._table().get(self.job.sid)
+    def _read(self) -> JobRecord | None:
+        """Return the record, or None, as the present transaction sees it."""
+        self.table = self.store.table(self.surroundings.tm, self.surroundings.connect)
+        record: JobRecord | None = self.table.get(self.job.sid)
         return record
 
     def _call(self, record: JobRecord) -> Any:
-        job, table = self.job, self._table()
+        job, table = self.job, self.table
         self._set_up(job, record, table)
         f = self.store.resolve(record.function)
         args, kw = self._arguments(record, table)
@@ -180,7 +182,7 @@ class Attempt:
 
         The function may have ended the transaction, so what the record says now counts.
         """
-        job, record = self.job, self._record()
+        job, record = self.job, self._read()
         if record is None or not record.belongs_to(self.store.process, job.signature):
             raise JobDismissed(f"job {job.sid!r} was dismissed or is another worker's")
         if record.status == ACCEPTED:
@@ -191,14 +193,14 @@ class Attempt:
     def _succeed(self, value: Any) -> None:
         record = self._own()
         if value is not None:
-            record.result = self.store.pack(value, self._table())
+            record.result = self.store.pack(value, self.table)
         if record.failure is not None:
             record.failure = None  # of an earlier attempt
         record.finish(SUCCESSFUL, self.store.clock(), self.result_timeout)
 
     def _checkpoint(self, cursor: Any) -> None:
         record = self._own()
-        record.cursor = self.store.pack(cursor, self._table())
+        record.cursor = self.store.pack(cursor, self.table)
         self._commit()
         self._begin()
 

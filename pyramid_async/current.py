@@ -6,11 +6,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
-from secrets import token_hex
 from typing import Any, TypeVar
 
 from .interfaces import JobInterrupted, JobTimeout
 from .jobs import Live
+from .process import new_id
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ class Job:
     def __init__(self, sid: str, clock: Any = time.time) -> None:
         self.sid = sid
         self.clock = clock
-        self.signature = token_hex(16)
+        self.signature = new_id()
         self.begun = False  # the function was called
         self.checkpoints = 0
         self.commit_checkpoint: Callable[[Any], None] | None = None

@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 import os
+import secrets
 from typing import Any
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
 from ZODB.Connection import Connection
+
+# Pid -> ids that were drawn and not used.  Not emptied by a hook of `os.fork`: a server that
+# forks in C (uWSGI) calls none.
+_drawn: dict[int, list[str]] = {}
+
+
+def new_id() -> str:
+    """Return 128 bits from `secrets`, in hexadecimal.
+
+    Many are drawn at once, for each call of the system lets other threads run first, which
+    costs more than the bits.  Never the same in two processes.
+    """
+    ids = _drawn.setdefault(os.getpid(), [])
+    try:
+        return ids.pop()
+    except IndexError:
+        data = secrets.token_bytes(64 * 16).hex()
+        ids.extend(data[start : start + 32] for start in range(32, len(data), 32))
+        return data[:32]
 
 
 class Identity:

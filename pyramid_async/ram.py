@@ -36,6 +36,7 @@ class RamStore:
         self.identity = Identity()
         self.lock = threading.Lock()
         self.votes_ended = threading.Condition(self.lock)
+        self.waiting = 0  # transactions that wait for the end of another one's vote
         # sid -> (serial, state of the record); states are replaced, never changed.
         self.states: dict[str, tuple[int, dict[str, Any]]] = {}
         self.pending: set[str] = set()
@@ -131,10 +132,12 @@ class RamStore:
 
         Waits for a transaction that has voted on one of them, as a storage would.
         """
-        wanted = {*serials, *(("key", key) for key in keys)}
+        wanted: set[Any] = set(serials)
+        if keys:
+            wanted.update(("key", key) for key in keys)
         with self.lock:
             if not self.voted.isdisjoint(wanted):
-                self.votes_ended.wait_for(lambda: self.voted.isdisjoint(wanted), VOTE_TIMEOUT)
+                self._wait_for_votes(wanted)
             for sid, serial in serials.items():
                 if sid in self.voted or self.serial(sid) != serial:
                     raise ConflictError(f"job {sid!r} was changed by another transaction")
@@ -142,6 +145,13 @@ class RamStore:
                 if ("key", key) in self.voted or self.keys.get(key) != seen:
                     raise ConflictError(f"key {key!r} was taken by another transaction")
             self.voted |= wanted
+
+    def _wait_for_votes(self, wanted: set[Any]) -> None:
+        self.waiting += 1
+        try:
+            self.votes_ended.wait_for(lambda: self.voted.isdisjoint(wanted), VOTE_TIMEOUT)
+        finally:
+            self.waiting -= 1
 
     def serial(self, sid: str) -> int:
         entry = self.states.get(sid)
@@ -151,7 +161,8 @@ class RamStore:
         self, changes: dict[str, dict[str, Any] | None], keys: dict[str, tuple[Any, str]]
     ) -> None:
         with self.lock:
-            self.keys.update((key, sid) for key, (_, sid) in keys.items())
+            for key, (_, sid) in keys.items():
+                self.keys[key] = sid
             for sid, state in changes.items():
                 self._apply(sid, state)
             self._unvote(changes, keys)
@@ -164,7 +175,8 @@ class RamStore:
         self.voted.difference_update(sids)
         if keys:
             self.voted.difference_update(("key", key) for key in keys)
-        self.votes_ended.notify_all()
+        if self.waiting:
+            self.votes_ended.notify_all()
 
     def _apply(self, sid: str, state: dict[str, Any] | None) -> None:
         serial, old = self.states.get(sid, (0, None))
@@ -207,16 +219,17 @@ class RamTable:
         self.transaction_manager = tm
         self._connect = connect
         self._joined = False
-        self._reset()
-
-    def _reset(self) -> None:
+        self._voted = False
         self._records: dict[str, JobRecord] = {}  # as last read
         self._changed: dict[str, JobRecord] = {}  # written or added
         self._removed: set[str] = set()  # of those
         self._added: set[str] = set()  # of those
         self._keys: dict[str, tuple[Any, str]] = {}  # key -> (sid as seen, new sid)
-        self._voted = False
-        self._promises = 0
+
+    def _forget(self) -> None:
+        for held in (self._records, self._changed, self._removed, self._added, self._keys):
+            held.clear()
+        self._joined = self._voted = False
 
     @property
     def connection(self) -> Any:
@@ -253,7 +266,6 @@ class RamTable:
     def add(self, record: JobRecord) -> None:
         self._join()  # first: only a transaction that we take part in takes promises back
         self.store.promise()
-        self._promises += 1
         self._added.add(record.sid)
         # Where an expired record still has the sid, it is replaced.
         self._adopt(record, self.store.serial(record.sid))._p_changed = True
@@ -306,7 +318,6 @@ class RamTable:
         self._records.pop(sid, None)
         if record.sid in self._added:
             self._added.discard(sid)
-            self._promises -= 1
             self.store.forget_promises(1)
 
     # -- the transaction's data manager
@@ -318,10 +329,9 @@ class RamTable:
     def abort(self, txn: Any) -> None:
         if not self._joined:
             return  # after a successful commit, when all is empty already
-        if self._promises:
-            self.store.forget_promises(self._promises)
-        self._reset()
-        self._joined = False
+        if self._added:
+            self.store.forget_promises(len(self._added))
+        self._forget()
 
     def tpc_begin(self, txn: Any) -> None:
         pass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -19,6 +18,7 @@ from zope.interface import implementer
 from .current import Changes
 from .interfaces import IScheduler, JobDismissed, JobFailed, JobNotFound
 from .jobs import ACCEPTED, DISMISSED, FAILED, JobRecord, JobStatus, check_options, status_of
+from .process import new_id
 from .ram import RamStore
 from .recovery import Recovery
 from .threads import ThreadExecutor
@@ -27,11 +27,6 @@ from .worker import Worker
 from .zodb import JobRoot, ZodbStore
 
 log = logging.getLogger(__name__)
-
-
-def new_sid() -> str:
-    """Return a job id: 128 bits from `secrets`, in hexadecimal."""
-    return secrets.token_hex(16)
 
 
 def moment(when: datetime | float | None, now: float) -> float | None:
@@ -52,7 +47,7 @@ class Caller:
     connect: Callable[[], Any] | None = None
     owner: str | None = None
     origin: tuple[str, str, str] | None = None
-    new_sid: Callable[[], str] = new_sid
+    new_sid: Callable[[], str] = new_id
     respond: Callable[[JobStatus], Any] | None = None
     sees_all: bool = False
 
@@ -325,7 +320,7 @@ class RequestIds:
         # The environ outlives the attempts; this object, like the request, does not.  Copies
         # of the environ, as subrequests have them, share the list and so go on counting.
         attempt = environ.get("retry.attempt", 0)
-        self.counter = environ.setdefault("pyramid_async.ids", [new_sid(), attempt, 0])
+        self.counter = environ.setdefault("pyramid_async.ids", [new_id(), attempt, 0])
         if attempt > self.counter[1]:
             self.counter[1:] = attempt, 0
 

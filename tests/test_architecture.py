@@ -23,19 +23,19 @@ MAP = {
     "context": ("interfaces", "persistent transaction ZODB"),
     "transactional": ("", "transaction"),
     "application": ("interfaces", ""),
-    "current": ("interfaces jobs", ""),
+    "current": ("interfaces jobs process", ""),
     "ram": ("interfaces jobs process conflicts context", "persistent ZODB zope"),
     "zeo": ("", ""),
     "zodb": (
         "interfaces jobs process conflicts context transactional zeo",
         "BTrees persistent transaction ZODB zope",
     ),
-    "attempt": ("interfaces jobs context transactional current", "transaction ZODB"),
+    "attempt": ("interfaces jobs process context transactional current", "transaction ZODB"),
     "worker": ("interfaces jobs context transactional current attempt", "transaction"),
     "threads": ("interfaces current worker", "zope"),
     "recovery": ("interfaces jobs transactional current", "persistent"),
     "scheduler": (
-        "interfaces jobs context transactional current ram zodb worker threads recovery",
+        "interfaces jobs process context transactional current ram zodb worker threads recovery",
         "persistent transaction zope",
     ),
     # From here on Pyramid is known.
