@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import lru_cache
 from typing import Any
 
 import pyramid_tm
@@ -16,6 +17,24 @@ from .jobs import JobRecord
 from .transactional import mark
 
 log = logging.getLogger(__name__)
+
+
+# Key of the user in a job's environ.
+OWNER = "pyramid_async.owner"
+
+
+@lru_cache
+def with_owner(kind: type) -> type:
+    """Return a class of requests whose user is the job's owner.
+
+    The security policy would look for credentials, and a job has none.  ``set_property`` would
+    make such a class for each job.
+    """
+    return type(
+        kind.__name__,
+        (kind,),
+        {"authenticated_userid": property(lambda request: request.environ[OWNER])},
+    )
 
 
 def origin_of(request: Any) -> tuple[str, str, str]:
@@ -51,10 +70,9 @@ class RequestSurroundings:
             request.environ.update(
                 {"wsgi.url_scheme": scheme, "HTTP_HOST": host, "SCRIPT_NAME": script_name}
             )
-        # The security policy would look for credentials, and a job has none.  Set before the
-        # root factory asks; a value, for the record is a ghost when the callbacks are called.
-        owner = record.owner
-        request.set_property(lambda _: owner, "authenticated_userid")
+        # Set before the root factory asks; the record is a ghost when the callbacks are called.
+        request.environ[OWNER] = record.owner
+        request.__class__ = with_owner(type(request))  # type: ignore[arg-type]
         self._depth = len(threadlocals.stack)
         prepare(request, request.registry)
         return request
