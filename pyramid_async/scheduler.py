@@ -16,7 +16,7 @@ from persistent import Persistent
 from zope.interface import implementer
 
 from .current import Changes
-from .interfaces import IScheduler, JobDismissed, JobFailed, JobNotFound
+from .interfaces import IScheduler, JobDismissed, JobFailed, JobNotFound, NotRetriable
 from .jobs import ACCEPTED, DISMISSED, FAILED, JobRecord, JobStatus, check_options, status_of
 from .process import new_id
 from .ram import RamStore
@@ -171,6 +171,31 @@ class Scheduler:
     def _operation_name(self, f: Any) -> str | None:
         names = (name for name, known in self.operations.items() if known.function is f)
         return next(names, None)
+
+    def retry(self, sid: str) -> str:
+        """See IScheduler."""
+        table = self._table()
+        record = table.get(sid)
+        if record is None:
+            raise JobNotFound(sid)
+        if record.retried is not None:
+            return str(record.retried)
+        if record.status != FAILED:
+            raise NotRetriable(sid, f"it is {record.status}; only a failed job can be")
+        new = self._caller.new_sid()
+        self._take_key(record, new, table)
+        table.add(record.again(new, self.store.clock(), self.worker.holder))
+        self.worker.changed(new, ACCEPTED)
+        return self.using(queue=record.option("queue"))._wake_after_commit(new)
+
+    def _take_key(self, record: JobRecord, new: str, table: Any) -> None:
+        key = record.option("key")
+        if key is None:
+            return
+        rival = self._unfinished(key, table)
+        if rival is not None:
+            raise NotRetriable(record.sid, f"the unfinished job {rival!r} has its key {key!r}")
+        table.take_key(key, new)
 
     # -- ask
 
@@ -363,7 +388,7 @@ class PersistentTransactionalScheduler(Persistent):
 
     timeout = 3600.0  # seconds that a finished job is kept for who may still ask
     workers = 4  # threads in each process, started at the first use
-    shards = 16
+    shards = 128  # objects that the jobs spread over; of two in one at once, one conflicts
 
     def __init__(self, timeout: float | None = None) -> None:
         """*timeout*: seconds that a finished job is kept."""
