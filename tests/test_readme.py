@@ -5,6 +5,7 @@ import re
 import textwrap
 from pathlib import Path
 
+import docutils.core
 import pytest
 import transaction
 from webtest import TestApp
@@ -33,6 +34,19 @@ def example(tmp_path, monkeypatch):
         return importlib.import_module(name)
 
     return load
+
+
+@pytest.mark.parametrize(
+    "document",
+    [*ROOT.glob("*.rst"), *ROOT.glob("*/*.rst")],
+    ids=lambda document: str(document.relative_to(ROOT)),
+)
+def test_document_is_sound(document):
+    docutils.core.publish_doctree(
+        document.read_text(encoding="utf-8"),
+        source_path=str(document),
+        settings_overrides={"halt_level": 2, "report_level": 2, "_disable_config": True},
+    )
 
 
 def test_the_quick_start_runs_as_it_stands(example):
