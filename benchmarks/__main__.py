@@ -11,7 +11,7 @@ import time
 from importlib import import_module
 from importlib.metadata import version
 
-MEASUREMENTS = ("throughput", "memory", "polls", "conflicts", "bytes", "recovery")
+MEASUREMENTS = ("throughput", "memory", "polls", "conflicts", "bytes", "recovery", "operating")
 PACKAGES = ("transaction", "ZODB", "pyramid", "waitress")
 
 

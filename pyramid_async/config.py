@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
 
 from pyramid.config import PHASE1_CONFIG
 from pyramid.events import ApplicationCreated
 from pyramid.exceptions import ConfigurationError
 
-from . import client, jsonrpc, openapi, views
+from . import client, jsonrpc, openapi, pages, views
 from .application import add_application, is_gunicorn_master
 from .interfaces import (
     IExecutorFactory,
@@ -49,6 +50,7 @@ def setup(config: Any) -> None:
     views.add_routes(config)
     jsonrpc.add_rpc(config)
     client.add_client(config)
+    pages.add_pages(config)
     openapi.add_openapi(config)
 
     def register() -> None:
@@ -142,11 +144,18 @@ def make_store(registry: Any, settings: dict[str, Any]) -> Any:
     return ZodbStore(database)
 
 
+# True while an application is made that is to run no jobs: that of `pasync`.
+idle: ContextVar[bool] = ContextVar("pyramid_async.idle", default=False)
+
+
 def start(event: Any) -> None:
     """Make the records' place in the database and look for jobs that an earlier process left."""
     registry = event.app.registry
     scheduler = registry.getUtility(IScheduler)
     executor = scheduler.executor
+    if idle.get():
+        executor.stop(0)  # never started, and never to be
+        scheduler.worker.keeps = False
     enlarge_pools(registry, executor.workers)
     exit_on_sigterm()
     if isinstance(scheduler.store, ZodbStore):

@@ -54,6 +54,14 @@ class InvalidTransition(AsyncError):
         return f"job {sid!r} is {status} and cannot become {wanted}; allowed: {names}"
 
 
+class NotRetriable(AsyncError):
+    """A job that cannot be scheduled again (sid, why)."""
+
+    def __str__(self) -> str:
+        sid, why = self.args
+        return f"job {sid!r} cannot be retried: {why}"
+
+
 class OperationFailed(AsyncError):
     """Raised by a job to fail with a text that its user may read (text).
 
@@ -150,6 +158,17 @@ class IScheduler(Interface):
         own commit comes first, the caller's commit raises a ConflictError.
         """
 
+    def retry(sid: str) -> str:
+        """Schedule a failed job's call once more, as a new job; return the new sid.
+
+        The new job has the owner, options and arguments of the failed one, begins with the
+        first of its attempts, and goes on from the last checkpoint.  The failed job stays
+        what it is.  Asked again for the same job it returns the same sid.
+
+        Raises JobNotFound, and `NotRetriable` for a job that has not failed, or whose key
+        another unfinished job has.
+        """
+
     def status(sid: str) -> Any:
         """Return the job's `~pyramid_async.jobs.JobStatus`, or None for an unknown job."""
 
@@ -176,6 +195,11 @@ class IJobStore(Interface):
     process = Attribute("Fresh random id of this process: the holder of what it schedules.")
     exclusive = Attribute("True when no other process can share the records.")
     durable = Attribute("True when the records outlive the process.")
+    clock = Attribute("Returns the time, in seconds since the epoch.")
+    identity = Attribute("Makes ``process``; its ``end()`` makes this process dead for others.")
+
+    def alive_here(process: str) -> bool:
+        """Say whether a process id belongs to somebody in this very process."""
 
     def table(tm: Any, connect: Any = None) -> Any:
         """Return the `IJobTable` of *tm*'s current transaction.
@@ -216,6 +240,7 @@ class IJobTable(Interface):
     """
 
     connection = Attribute("The ZODB connection of this transaction, or None.")
+    tm = Attribute("The manager of this transaction.")
 
     def get(sid: str) -> Any:
         """Return the `~pyramid_async.jobs.JobRecord`, or None when unknown or expired."""
@@ -229,20 +254,57 @@ class IJobTable(Interface):
     def remove(record: Any) -> None:
         """Delete the record, and write it: the attempt that runs it must conflict."""
 
+    def is_removed(record: Any) -> bool:
+        """Say whether this transaction has removed the record."""
+
+    def forget(record: Any) -> None:
+        """Delete a finished record and all that lists it.
+
+        For maintenance, in a transaction of its own: it writes what others write too.
+        """
+
     def records() -> Any:
         """Iterate over (sid, record) of all records; cost grows with what is stored.
 
         The records are not loaded and not checked: expired and broken ones are among them.
         """
 
-    def unfinished() -> Any:
-        """Iterate over (sid, record) of those not known to be finished, and a few that are."""
+    def unfinished(after: str | None = None) -> Any:
+        """Iterate over (sid, record) of those not known to be finished, and a few that are.
+
+        *after*: in an order that stays, those that come after this sid; ``""`` for all.
+        """
+
+    def ended(statuses: Any, before: tuple[float, str] | None = None) -> Any:
+        """Iterate over (time of the end, sid) of finished jobs, the last first; loads no record.
+
+        Those of final *statuses*, and before the pair given.  Not among them are the finished
+        ones that `unfinished` tells; among them may be removed ones.
+        """
+
+    def findings() -> Any:
+        """Iterate over (sid, sentence) of what does not fit in the lists of records.
+
+        Cost: reads all lists, and few records.
+        """
 
     def keyed(key: str) -> str | None:
         """Return the sid that last took the key; its job may be finished or gone."""
 
     def take_key(key: str, sid: str) -> None:
         """Give the key to a job; two that take one key conflict at commit."""
+
+    def sign(process: str | None) -> Any:
+        """Return the last sign of life of a process, or None."""
+
+    def signs() -> Any:
+        """Iterate over (process, sign of life) of all processes that showed one."""
+
+    def show_sign(process: str, sign: Any) -> None:
+        """Store the first sign of life of a process."""
+
+    def remove_sign(process: str) -> None:
+        """Forget a process."""
 
     def last_seen(process: str | None) -> str:
         """Describe a process and its last sign of life, for operators."""
@@ -256,6 +318,7 @@ class IExecutor(Interface):
 
     held = Attribute("The sids that wait or run in this process.")
     grace = Attribute("Seconds that recovery leaves a job alone which nobody holds.")
+    suspended = Attribute("True while no jobs are to be taken; set by recovery.")
 
     def wake(committed: bool, sid: str, queue: str | None = None) -> None:
         """After-commit hook: pass the sid on.
@@ -273,9 +336,6 @@ class IExecutor(Interface):
 
     def start() -> None:
         """Start this process's threads, if they do not run."""
-
-    def suspend(why: str) -> None:
-        """Take no jobs until ``suspended`` is set to False again; interrupt the running ones."""
 
     def stop(timeout: float) -> None:
         """Take no more jobs, tell the running ones, and return after *timeout* seconds at most."""

@@ -143,6 +143,7 @@ class JobRecord(Persistent):
     expires: float | None = None
     contested = False  # an attempt that lost the job may still be alive
     removed = False  # hidden; see `clear`
+    retried: str | None = None  # sid of the job that this failed one was scheduled again as
     reached = 0  # percent that an earlier attempt showed: progress never falls
     arguments: Any = None  # payload of (args, kw); None: there are none
     result: Any = None
@@ -229,8 +230,31 @@ class JobRecord(Persistent):
         self.move(status, now)
         self.finished = now
         self.expires = now + self.option("result_timeout", keep)
-        # What the job was called with may be large, and nobody asks for it again.
-        self._drop("holder", "arguments", "cursor")
+        self._drop("holder")
+        if status != FAILED:  # which may be scheduled again
+            # What the job was called with may be large, and nobody asks for it again.
+            self._drop("arguments", "cursor")
+
+    def again(self, sid: str, now: float, holder: str | None) -> JobRecord:
+        """Return a new job with the call of this failed one, which gives its arguments away.
+
+        It goes on from the last checkpoint, for what was committed there stays.
+        """
+        record = JobRecord(
+            sid,
+            now,
+            self.function,
+            self.arguments,
+            cursor=self.cursor,
+            owner=self.owner,
+            origin=self.origin,
+            process_id=self.process_id,
+            options=self.options,
+            holder=holder,
+        )
+        self.retried = sid
+        self._drop("arguments", "cursor")
+        return record
 
     @property
     def haunted(self) -> bool:

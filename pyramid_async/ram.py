@@ -32,6 +32,7 @@ class RamStore:
 
     def __init__(self, max_pending: int = 10_000, clock: Any = time.time) -> None:
         self.max_pending = max_pending
+        self.closed = False  # nobody will run what is added
         self.clock = clock
         self.identity = Identity()
         self.lock = threading.Lock()
@@ -118,6 +119,8 @@ class RamStore:
     # -- called by tables, under no lock
 
     def promise(self) -> None:
+        if self.closed:
+            raise RuntimeError("the scheduler was stopped and runs no more jobs: make a new one")
         with self.lock:
             if len(self.pending) + self.promised >= self.max_pending:
                 raise SchedulerFull(self.max_pending)
@@ -274,6 +277,9 @@ class RamTable:
         record._p_changed = True
         self._removed.add(record.sid)
 
+    def forget(self, record: JobRecord) -> None:
+        self.remove(record)
+
     def is_removed(self, record: JobRecord) -> bool:
         return record.sid in self._removed
 
@@ -284,6 +290,18 @@ class RamTable:
         seen = self._keys[key][0] if key in self._keys else self.store.keys.get(key)
         self._keys[key] = (seen, sid)
 
+    def sign(self, process: str | None) -> None:
+        """Return None: nobody else is there to be told."""
+
+    def signs(self) -> tuple[()]:
+        return ()
+
+    def show_sign(self, process: str, sign: Any) -> None:
+        raise NotImplementedError("the records end with this process, and so does its life")
+
+    def remove_sign(self, process: str) -> None:
+        pass
+
     def last_seen(self, process: str | None) -> str:
         return f"process {process}"
 
@@ -293,12 +311,25 @@ class RamTable:
     def records(self) -> Iterator[tuple[str, JobRecord]]:
         return self._all(self.store.states)
 
-    def unfinished(self) -> Iterator[tuple[str, JobRecord]]:
-        return self._all(self.store.pending)
+    def unfinished(self, after: str | None = None) -> Iterator[tuple[str, JobRecord]]:
+        return self._all(self.store.pending, after)
 
-    def _all(self, sids: Any) -> Iterator[tuple[str, JobRecord]]:
+    def ended(
+        self, statuses: Any, before: tuple[float, str] | None = None
+    ) -> list[tuple[float, str]]:
+        with self.store.lock:
+            states = [state for _, state in self.store.states.values()]
+        places = ((s["finished"], s["sid"]) for s in states if s.get("status") in statuses)
+        return sorted((p for p in places if before is None or p < before), reverse=True)
+
+    def findings(self) -> tuple[()]:
+        return ()  # there is nothing beside the records
+
+    def _all(self, sids: Any, after: str | None = None) -> Iterator[tuple[str, JobRecord]]:
         with self.store.lock:
             sids = {*sids, *self._changed}
+        if after is not None:
+            sids = sorted(sid for sid in sids if sid > after)
         return ((sid, record) for sid in sids if (record := self.get(sid)) is not None)
 
     # -- the persistence machinery's jar

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 # A finished record stays this long among the unfinished ones, seconds: a result that is
 # fetched at once never costs the move.
 ARCHIVE_AFTER = 60.0
+# Then those go with it that have stayed this long: a move of many writes less for each.
+ARCHIVE_TOGETHER = 20.0
 
 
 class Sign(Persistent):
@@ -214,15 +216,22 @@ class Recovery:
             # By now others take our jobs: what we do with them could not be committed.
             # The failure itself may have taken long, so the clock is asked again.
             if self.monotonic() - self._shown > self.lease:
-                self.executor.suspend(f"no sign of life could be written for {self.lease:g} s")
+                self._suspend(f"no sign of life could be written for {self.lease:g} s")
             raise
         self._shown = now
         self.executor.suspended = False
 
+    def _suspend(self, why: str) -> None:
+        if not self.executor.suspended:
+            log.error("no jobs are taken: %s", why)
+        self.executor.suspended = True
+        self.worker.interrupt_all(why)
+
     def _beat(self, table: Any) -> None:
         sign = table.sign(self.store.process)
         if sign is None:
-            sign = table.root.signs[self.store.process] = Sign(process_name())
+            sign = Sign(process_name())
+            table.show_sign(self.store.process, sign)
         # Never a number that was shown before: it would look like a counter that stands still.
         self._beats += 1
         sign.beat = self._beats
@@ -230,7 +239,7 @@ class Recovery:
         sign.running = {sid: job.live() for sid, job in list(self.worker.running.items())}
 
     def _fall_silent(self, table: Any) -> None:
-        table.root.signs.pop(self.store.process, None)
+        table.remove_sign(self.store.process)
 
     # -- lost jobs
 
@@ -241,21 +250,29 @@ class Recovery:
         """
         self._holders.clear()
         self._unlisted_before, self._unlisted = self._unlisted, {}
-        self.store.archive(transact(self.store, self._look))
+        self._archive(transact(self.store, self._look))
         self.store.expire(self.store.clock())
         if self.store.durable:
             self._bury()
 
-    def _look(self, table: Any) -> list[str]:
-        """Rescue what is lost; return the sids of records to archive."""
-        now = self.store.clock()
-        return [sid for sid, record in table.unfinished() if self._inspect(sid, record, table, now)]
+    def _archive(self, ended: dict[str, float]) -> None:
+        """Put finished records away, many at once; *ended*: sid -> seconds since the job's end."""
+        if max(ended.values(), default=0.0) >= ARCHIVE_AFTER:
+            self.store.archive([sid for sid, age in ended.items() if age >= ARCHIVE_TOGETHER])
 
-    def _inspect(self, sid: str, record: Any, table: Any, now: float) -> bool:
-        """Rescue the job if it is lost; say whether its record is to be archived."""
+    def _look(self, table: Any) -> dict[str, float]:
+        """Rescue what is lost; return what ended: sid -> seconds since then."""
+        now = self.store.clock()
+        looked = (
+            (sid, self._inspect(sid, record, table, now)) for sid, record in table.unfinished()
+        )
+        return {sid: age for sid, age in looked if age is not None}
+
+    def _inspect(self, sid: str, record: Any, table: Any, now: float) -> float | None:
+        """Rescue the job if it is lost; return the seconds since its end, if it ended."""
         try:
             if record.done:
-                return bool(record.finished + ARCHIVE_AFTER <= now)
+                return float(now - record.finished)
             if record.run_after is None or record.run_after <= now:
                 self._rescue(record, table)
             elif record.holder == self.store.process:
@@ -263,7 +280,7 @@ class Recovery:
         except Exception:
             # One bad record must not stop the others.
             log.exception("the record of job %r cannot be read", sid)
-        return False
+        return None
 
     def _rescue(self, record: JobRecord, table: Any) -> None:
         sid, queue = record.sid, record.option("queue")
@@ -319,13 +336,13 @@ class Recovery:
             del self._observed[process]
 
     def _dead(self, table: Any) -> list[str]:
-        signs = dict(table.root.signs.items())
+        signs = dict(table.signs())
         self._signs = set(signs)
         return [p for p, sign in signs.items() if p not in self._holders and self._silent(p, sign)]
 
     def _remove_signs(self, processes: list[str], table: Any) -> None:
         for process in processes:
-            table.root.signs.pop(process, None)
+            table.remove_sign(process)
 
 
 def process_name() -> str:

@@ -27,21 +27,29 @@ def add_refusals(config: Any) -> None:
     config.add_exception_view(full, context=SchedulerFull)
 
 
-def add_resource(config: Any, name: str, pattern: str, **views: Any) -> None:
+def add_resource(config: Any, name: str, pattern: str, api: bool = True, **views: Any) -> None:
     """Add a route, a view for each method, and what answers everything else.
 
-    The route is below the prefix of the include, or else ``/async``.
+    The route is below the prefix of the include, or else ``/async``.  Pages for people are no
+    part of the *api*: no other origin may read them, no document tells of them, and they check
+    their forms themselves.
     """
     with config.route_prefix_context(None if config.route_prefix else DEFAULT_PREFIX):
         config.add_route(name, pattern, factory=Outside, inherit_slash=not pattern)
     for method, view in views.items():
         # Who may see a job is decided job by job; CSRF checks are the application's choice.
         config.add_view(
-            view, route_name=name, request_method=method, permission=NO_PERMISSION_REQUIRED
+            view,
+            route_name=name,
+            request_method=method,
+            permission=NO_PERMISSION_REQUIRED,
+            require_csrf=None if api else False,
         )
     methods = ["GET", "HEAD", *views] if "GET" in views else [*views]
-    config.registry.setdefault(_KEY, {})[name] = methods
-    add_async_cors(config, name, methods)
+    if api:
+        config.registry.setdefault(_KEY, {})[name] = methods
+        add_async_cors(config, name, methods)
+        methods = [*methods, "OPTIONS"]
     config.add_view(
         NotAllowed(methods),
         route_name=name,
@@ -72,7 +80,7 @@ class NotAllowed:
     """The view for all other methods: Pyramid alone would say 404."""
 
     def __init__(self, methods: list[str]) -> None:
-        self.allow = ", ".join([*dict.fromkeys(methods), "OPTIONS"])
+        self.allow = ", ".join(dict.fromkeys(methods))
 
     def __call__(self, request: Any) -> Any:
         response = problem(405)

@@ -370,11 +370,13 @@ class TransactionalScheduler(Scheduler):
 
     def __init__(self, timeout: float | None = None) -> None:
         """*timeout*: seconds that a finished job is kept."""
-        worker = Worker(RamStore(), result_timeout=self.timeout if timeout is None else timeout)
+        self.records = RamStore()
+        worker = Worker(self.records, result_timeout=self.timeout if timeout is None else timeout)
         super().__init__(worker, executor_for(worker, self.workers))
 
     def stop(self, timeout: float = 5.0) -> None:
-        """Stop the threads; waiting jobs are lost."""
+        """Stop the threads for good; waiting jobs are lost, and to schedule is a RuntimeError."""
+        self.records.closed = True
         self.executor.stop(timeout)
 
 
@@ -432,6 +434,8 @@ class PersistentTransactionalScheduler(Persistent):
         if scheduler is None:
             with _in_use_lock:
                 scheduler = _in_use.get(key) or self._start(db, oid)
+                if all(known is not db for known, _ in _in_use):
+                    stop_before_close(db)
                 _in_use[key] = scheduler
         connection = self._p_jar
         return scheduler.bind(connection.transaction_manager, Caller(connect=lambda: connection))
@@ -453,6 +457,22 @@ def executor_for(worker: Worker, workers: int) -> ThreadExecutor:
     return executor
 
 
-# (database, oid of the scheduler) -> what runs its jobs in this process.
+def stop_before_close(db: Any) -> None:
+    """Have the schedulers of a database stopped when it closes; it tells nobody.
+
+    Else their threads would go on, keep it in memory, and complain that it is closed.
+    """
+    close = db.close
+
+    def stop_and_close() -> None:
+        for key in [key for key in list(_in_use) if key[0] is db]:
+            _in_use.pop(key).executor.stop()
+        close()
+
+    db.close = stop_and_close
+
+
+# (database, oid of the scheduler) -> what runs its jobs in this process, until `stop` or until
+# the database closes.
 _in_use: dict[tuple[Any, bytes], Scheduler] = {}
 _in_use_lock = threading.Lock()

@@ -217,10 +217,6 @@ class ManualExecutor:
     def start(self) -> None:
         """Do nothing: there are no threads."""
 
-    def suspend(self, why: str) -> None:
-        """See IExecutor."""
-        self.suspended = True
-
     def stop(self, timeout: float | None = None) -> None:
         """See IExecutor.  Restores the executor that was here before, and stops it."""
         self.restore()

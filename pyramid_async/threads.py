@@ -10,13 +10,11 @@ import signal
 import sys
 import threading
 import time
-import weakref
-from collections.abc import Callable
 from typing import Any
 
 from zope.interface import implementer
 
-from .interfaces import IExecutor, JobStopped
+from .interfaces import IExecutor
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +94,7 @@ class ThreadExecutor:
             if self.recovery is not None and self.workers:
                 self.recovery.start()
             self._pid = os.getpid()
-            at_exit(self)
+            atexit.register(self.stop)
 
     def _work(self) -> None:
         while (item := self.queue.get()) is not None:
@@ -116,8 +114,9 @@ class ThreadExecutor:
         if self._pid != os.getpid():
             return
         self._pid = None
+        atexit.unregister(self.stop)
         deadline = time.monotonic() + (self.shutdown_timeout if timeout is None else timeout)
-        self._interrupt_all(f"process {os.getpid()} stops")
+        self.worker.interrupt_all(f"process {os.getpid()} stops")
         for _ in self.threads:
             self.queue.put(None)
         # In recovery's thread: a database that is away must not keep the process from its exit.
@@ -134,17 +133,6 @@ class ThreadExecutor:
         self.worker.keeps = False
         if self.worker.running:
             log.warning("stopped with jobs still running: %s", ", ".join(self.worker.running))
-
-    def suspend(self, why: str) -> None:
-        """Take no jobs for now and interrupt the running ones; recovery finds them all again."""
-        if not self.suspended:
-            log.error("no jobs are taken: %s", why)
-        self.suspended = True
-        self._interrupt_all(why)
-
-    def _interrupt_all(self, why: str) -> None:
-        for sid in list(self.worker.running):
-            self.worker.interrupt(sid, JobStopped(why))
 
     def _give_back(self) -> None:
         # A copy: a worker that ends its job meanwhile changes the set.
@@ -171,17 +159,3 @@ def exit_on_sigterm() -> None:
 
 def _exit(signum: int, frame: Any) -> None:
     sys.exit(128 + signum)
-
-
-def at_exit(executor: ThreadExecutor) -> None:
-    """Stop the executor when the interpreter exits, unless it is gone by then."""
-    reference: Callable[[], ThreadExecutor | None] = weakref.ref(executor)
-
-    def drain() -> None:
-        executor = reference()
-        if executor is not None:
-            executor.stop()
-
-    atexit.register(drain)
-    # Or else the finalizer is called at exit too, before `drain`, and takes it away.
-    weakref.finalize(executor, atexit.unregister, drain).atexit = False

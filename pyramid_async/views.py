@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 # Whoever has it on the application's root sees everybody's jobs.
 MANAGE = "async.manage"
 # Names below the prefix that are no sids.
-SID = r"{sid:(?!(?:rpc|client\.js|openapi\.json)$)[^/]+}"
+SID = r"{sid:(?!(?:rpc|client\.js|openapi\.json|manage|manage\.css)$)[^/]+}"
 
 
 # -- configuration ---------------------------------------------------------------------

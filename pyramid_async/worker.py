@@ -107,6 +107,11 @@ class Worker:
         if job is not None:
             job.interrupt(reason)
 
+    def interrupt_all(self, why: str) -> None:
+        """Tell the jobs that run here to stop; they are given back."""
+        for sid in list(self.running):
+            self.interrupt(sid, JobStopped(why))
+
     def fail(self, sid: str, reason: Any) -> None:
         """End the job if it runs here, for it is about to be killed; its attempt conflicts."""
         job = self.running.get(sid)

@@ -7,13 +7,14 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import partial
+from heapq import merge
 from inspect import ismethod
-from itertools import islice
+from itertools import groupby, islice
 from pkgutil import resolve_name
 from typing import Any
 from zlib import crc32
 
-from BTrees.OOBTree import OOBTree, OOTreeSet
+from BTrees.OOBTree import OOBTree
 from persistent import Persistent
 from ZODB.blob import BlobStorage
 from ZODB.DemoStorage import DemoStorage
@@ -24,7 +25,7 @@ from zope.interface import implementer
 from .conflicts import explain
 from .context import dumps, loads
 from .interfaces import AsyncError, IJobStore, IJobTable, NotSchedulable
-from .jobs import JobRecord
+from .jobs import DISMISSED, FAILED, SUCCESSFUL, JobRecord
 from .process import Connections, Identity
 from .transactional import OwnManager, TransactionManager, transact
 from .zeo import forget_oids_on_reconnect
@@ -39,8 +40,15 @@ INLINE_PAYLOAD = 64 * 1024
 # a pack has taken it, nothing would stop an attempt that was frozen all the time.
 HAUNTED = 24 * 3600.0
 
+# Time after which an expired record should be gone where processes run, seconds.
+OVERDUE = 600.0
+
 # Records that one transaction of maintenance changes.
 BATCH = 200
+
+# Finished jobs are listed by spans of their end, seconds, and in a span by sid as they are stored:
+# a batch writes few of the list's buckets.
+SPAN = 10
 
 
 class JobRoot(Persistent):
@@ -56,8 +64,18 @@ class JobRoot(Persistent):
         self.unfinished = tuple(OOBTree() for _ in range(shards))  # sid -> JobRecord
         self.finished = tuple(OOBTree() for _ in range(shards))  # sid -> JobRecord
         self.keys = tuple(OOBTree() for _ in range(shards))  # key -> sid, also of finished jobs
-        self.expiry = OOTreeSet()  # (minute, sid); written by maintenance alone
+        # Written by maintenance alone; of removed records too, until their time is over.
+        self.expiry = OOBTree()  # (minute, sid) -> span, where one of `ended` has it
+        # Status -> {(span, sid): time of the end}; the spans grow towards the past.
+        self.ended = {status: OOBTree() for status in (SUCCESSFUL, FAILED, DISMISSED)}
         self.signs = OOBTree()  # process -> Sign; see recovery
+
+    def expires(self, record: JobRecord) -> tuple[int, str]:
+        """Return the place of a finished record in ``expiry``."""
+        until = record.expires or 0.0
+        if record.haunted:
+            until = max(until, (record.finished or 0.0) + HAUNTED)
+        return int(until // 60), record.sid
 
     def shard(self, sid: str) -> int | None:
         """Return the number of the sid's shard, or None for what is no sid."""
@@ -69,6 +87,11 @@ class JobRoot(Persistent):
     def key_tree(self, key: str) -> Any:
         """Return the tree of a key: the same in every process, which ``hash`` is not."""
         return self.keys[crc32(key.encode()) % len(self.keys)]
+
+
+def span_of(finished: float) -> int:
+    """Return the span of a time: the later, the smaller."""
+    return -int(finished // SPAN)
 
 
 class Large(Persistent):
@@ -267,6 +290,15 @@ class ZodbTable:
         """Return the last sign of life of a process, or None."""
         return self.root.signs.get(process)
 
+    def signs(self) -> Iterator[tuple[str, Any]]:
+        yield from self.root.signs.items()
+
+    def show_sign(self, process: str, sign: Any) -> None:
+        self.root.signs[process] = sign
+
+    def remove_sign(self, process: str) -> None:
+        self.root.signs.pop(process, None)
+
     def last_seen(self, process: str | None) -> str:
         """Describe a process and its last sign of life."""
         sign = self.sign(process)
@@ -289,11 +321,16 @@ class ZodbTable:
             return
         del self.root.unfinished[shard][sid]  # type: ignore[index]
         self.root.finished[shard][sid] = record  # type: ignore[index]
-        until = record.expires
-        if record.haunted:
-            until = max(until, record.finished + HAUNTED)
-        self.root.expiry.add((int(until // 60), sid))
+        span = span_of(record.finished)
+        self.root.ended[record.status][span, sid] = record.finished
+        self.root.expiry[self.root.expires(record)] = span
         self._free_key(record)
+
+    def forget(self, record: JobRecord) -> None:
+        self.root.ended[record.status].pop((span_of(record.finished or 0.0), record.sid), None)
+        if not record.haunted:
+            self.root.expiry.pop(self.root.expires(record), None)
+        self.remove(record)
 
     def is_removed(self, record: JobRecord) -> bool:
         return self.get(record.sid) is None
@@ -305,9 +342,11 @@ class ZodbTable:
 
     def expire_batch(self, now: float, most: int) -> int:
         """Remove up to *most* records whose minute has passed; return how many."""
-        past = list(islice(self.root.expiry.keys(max=(int(now // 60), "")), most))
-        for minute, sid in past:
-            self.root.expiry.remove((minute, sid))
+        past = list(islice(self.root.expiry.items(max=(int(now // 60), "")), most))
+        for (minute, sid), span in past:
+            del self.root.expiry[minute, sid]
+            for tree in self.root.ended.values():
+                tree.pop((span, sid), None)
             # No attempt can write a final record, so it need not be written here.
             self.root.finished[self.root.shard(sid)].pop(sid, None)  # type: ignore[index]
         return len(past)
@@ -317,6 +356,47 @@ class ZodbTable:
         for tree in self.root.finished:
             yield from tree.items()
 
-    def unfinished(self) -> Iterator[tuple[str, JobRecord]]:
-        for tree in self.root.unfinished:
+    def unfinished(self, after: str | None = None) -> Iterator[tuple[str, JobRecord]]:
+        trees = self.root.unfinished
+        if after:
+            shard = self.root.shard(after) or 0
+            yield from trees[shard].items(min=after, excludemin=True)
+            trees = trees[shard + 1 :]
+        for tree in trees:
             yield from tree.items()
+
+    def ended(
+        self, statuses: Any, before: tuple[float, str] | None = None
+    ) -> Iterator[tuple[float, str]]:
+        first = None if before is None else (span_of(before[0]), "")
+        listed = merge(*(self.root.ended[status].items(min=first) for status in statuses))
+        for _, span in groupby(listed, key=lambda item: item[0][0]):
+            places = sorted(((finished, sid) for (_, sid), finished in span), reverse=True)
+            yield from places if before is None else (p for p in places if p < before)
+
+    def findings(self) -> Iterator[tuple[str, str]]:
+        """See IJobTable."""
+        unfinished, archived = _sids(self.root.unfinished), _sids(self.root.finished)
+        expiring = {sid for _, sid in self.root.expiry}
+        listed = {sid for tree in self.root.ended.values() for _, sid in tree}
+        for sids, sentence in (
+            (unfinished & archived, "is among the unfinished records and the finished ones"),
+            (archived - expiring, "is finished and will never expire"),
+            (listed - expiring, "is listed and will never be taken off the list"),
+            ({sid for sid in archived - listed if self.get(sid)}, "is finished and not listed"),
+        ):
+            yield from ((sid, sentence) for sid in sorted(sids))
+        for tree in self.root.keys:
+            for key, sid in tree.items():
+                if sid not in unfinished:
+                    yield sid, f"is gone or finished, and its key {key!r} is not"
+        for _, sid in islice(self._overdue(), 1):
+            yield sid, "expired long ago, and nobody removed it: does any process run jobs?"
+
+    def _overdue(self) -> Any:
+        # In running processes that takes two looks at most.
+        return self.root.expiry.keys(max=(int((self.clock() - OVERDUE) // 60), ""))
+
+
+def _sids(trees: Any) -> set[str]:
+    return {sid for tree in trees for sid in tree}

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from zope.interface.verify import verifyObject
+
+from pyramid_async.interfaces import IJobStore, IJobTable
+from pyramid_async.ram import RamStore
+from pyramid_async.transactional import OwnManager
+from pyramid_async.zodb import ZodbStore
 
 PACKAGE = "pyramid_async"
 HERE = Path(__file__).parent.parent / PACKAGE
@@ -53,18 +60,22 @@ MAP = {
         "interfaces jobs documents cors resources waiting results listing",
         "pyramid transaction",
     ),
+    "manage": ("interfaces jobs transactional recovery documents", ""),
+    "pages": ("interfaces jobs documents resources waiting views manage", "pyramid"),
     "client": ("resources waiting", "pyramid"),
     "jsonrpc": ("interfaces jobs documents resources views", "pyramid transaction"),
     "openapi": ("jobs documents resources listing", "pyramid"),
     "settings": ("interfaces", ""),
     "config": ("*", "pyramid pyramid_zodbconn"),
     "__init__": ("interfaces jobs application current config", "pyramid"),
+    "bells": ("", "celery click"),
+    "prefork": ("interfaces", ""),
     # Nobody imports these.
     "celery": (
-        "application interfaces jobs context transactional current worker recovery settings config",
-        "celery click pyramid zope",
+        "interfaces application transactional settings bells prefork",
+        "celery pyramid zope",
     ),
-    "cli": ("interfaces jobs context recovery settings config", "pyramid transaction"),
+    "cli": ("interfaces jobs documents manage config", "pyramid zc"),
     "testing": (
         "interfaces jobs transactional current attempt worker recovery scheduler",
         "pyramid transaction ZODB zope",
@@ -267,3 +278,36 @@ def test_import_starts_nothing(module):
 def test_the_check_sees_what_an_import_starts(tmp_path, source, effect):
     (tmp_path / "culprit.py").write_text(source)
     assert any(line.startswith(effect) for line in side_effects("culprit", cwd=tmp_path))
+
+
+# -- the contracts are whole ---------------------------------------------------------------
+
+# These know their stores: they define, make or imitate one.
+KNOW_STORES = {"ram", "zodb", "config", "testing"}
+
+
+@pytest.mark.parametrize("kind", ["ram", "zodb"])
+def test_stores_and_tables_keep_their_interfaces(db, kind):
+    store = RamStore() if kind == "ram" else ZodbStore(db)
+    if kind == "zodb":
+        store.install()
+    tm = OwnManager()
+    tm.begin()
+    try:
+        assert verifyObject(IJobStore, store)
+        assert verifyObject(IJobTable, store.table(tm))
+    finally:
+        tm.abort()
+        store.release(tm)
+
+
+@pytest.mark.parametrize(("word", "interface"), [("store", IJobStore), ("table", IJobTable)])
+def test_what_is_asked_of_a_store_stands_in_its_interface(word, interface):
+    asked = {
+        f"{name}: {word}.{attribute}"
+        for name, path in modules().items()
+        if name not in KNOW_STORES
+        for attribute in re.findall(rf"\b{word}\.([a-z]\w*)", path.read_text("utf-8"))
+        if attribute not in interface.names(all=True)
+    }
+    assert asked == set()

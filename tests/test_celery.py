@@ -25,20 +25,22 @@ from uuid import uuid4
 import pytest
 import transaction
 import webapp
+from crash.executors import BROKERS, remove_queue
 from pyramid.exceptions import ConfigurationError
 from pyramid.paster import get_app
 from webapp import EXPLICIT, GATES, browser, echo, gate
 from webtest import TestApp
 
-from pyramid_async import IScheduler, current_job
+from pyramid_async import IScheduler, bells, current_job
 from pyramid_async import celery as module
-from pyramid_async.celery import Bells, bell, connect, in_function
+from pyramid_async.bells import Bells, Ring, connect
+from pyramid_async.celery import bell
+from pyramid_async.prefork import Signals, in_function
 
 DEPLOYMENT = Path(__file__).parent / "deployment"
 ROOT = DEPLOYMENT.parent.parent
 GUIDE = ROOT / "docs" / "deployment.rst"
-RABBITMQ = "amqp://guest:guest@127.0.0.1:5672//"
-REDIS = "redis://127.0.0.1:6379/0"
+RABBITMQ, REDIS = BROKERS["amqp"], BROKERS["redis"]
 PATIENCE = 20.0
 
 
@@ -117,15 +119,15 @@ def test_no_request_waits_for_a_broker_that_is_away(scheme, kind, black_hole):
 
 @pytest.mark.parametrize("scheme", ["amqp", "redis"])
 def test_publishing_gives_a_black_hole_up_in_about_a_second(scheme, black_hole):
-    bells = Bells(f"{scheme}://127.0.0.1:{black_hole}//", "queue", 10)
+    ringer = Bells(f"{scheme}://127.0.0.1:{black_hole}//", "queue", 10)
     # The first time, the client's modules are imported too.
-    assert min(seconds_until_given_up(bells) for _ in range(2)) < 2
+    assert min(seconds_until_given_up(ringer) for _ in range(2)) < 2
 
 
-def seconds_until_given_up(bells):
+def seconds_until_given_up(ringer):
     begun = time.monotonic()
     with pytest.raises(Exception, match=r"(?i)time"):
-        bells._pass_on(module.Ring("0" * 32, "queue", False))
+        ringer._pass_on(Ring("0" * 32, "queue", False))
     return time.monotonic() - begun
 
 
@@ -251,13 +253,74 @@ def test_recovery_rings_again_where_the_queue_is_empty_and_not_where_bells_wait(
 
 
 def test_a_job_that_is_passed_over_for_long_is_rung_for_all_the_same(broker, monkeypatch):
-    monkeypatch.setattr(module, "PASSED_OVER", -1.0)
+    monkeypatch.setattr(bells, "PASSED_OVER", -1.0)
     with client(broker) as web:
         executor = web.scheduler.executor
         sid = sid_of(web.start(echo))
         executor.bells.ring(sid, None, again=True)
         executor.stop(5)
         assert len(messages(web.scheduler.settings["celery.queue"], broker)) == 2
+
+
+class Closed:
+    """A connection that was closed behind our back."""
+
+    def __getattr__(self, name):
+        raise OSError(f"closed, there is no {name}")
+
+
+def test_a_bell_outlives_a_connection_that_was_closed(broker):
+    ringer, queue = Bells(broker, "queue", 10), uuid4().hex
+    ringer._connection = Closed()
+    ringer._pass_on(Ring("a" * 32, queue, False))
+    assert len(messages(queue, broker)) == 1
+
+
+def test_a_bell_is_rung_again_where_there_is_no_queue_yet(broker):
+    ringer, queue = Bells(broker, "queue", 10), uuid4().hex
+    ringer._pass_on(Ring("a" * 32, queue, True))
+    assert len(messages(queue, broker)) == 1
+
+
+def test_what_is_remembered_of_bells_has_a_bound(broker):
+    ringer, queue = Bells(broker, uuid4().hex, 3), uuid4().hex
+    ringer._pass_on(Ring("a" * 32, queue, False))
+    for number in range(20):
+        ringer.ring(f"{number:032}", queue)
+        ringer._waiting.get_nowait()
+    assert 0 < len(ringer._rung) <= 4
+    for number in range(20):
+        ringer._send(Ring(f"{number:032}", queue, True))  # passed over: another waits
+    assert 0 < len(ringer._passed_over) <= 4
+    assert len(messages(queue, broker)) == 1
+
+
+LEAVE = """
+import sys, webapp
+from pyramid_async.bells import Bells
+
+def stop(bells, timeout, stop=Bells.stop):
+    stop(bells, timeout)
+    print("said what waited")
+
+Bells.stop = stop
+settings = {"async.executor": "celery", "async.celery.broker": "memory://", **webapp.EXPLICIT}
+web = webapp.Browser(webapp.application(settings, zodb="memory://", retry=True))
+web.start(webapp.echo)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_exits_sends_what_waits():
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    run = subprocess.run(
+        [sys.executable, "-c", LEAVE],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert (run.returncode, run.stdout) == (0, "said what waited\n"), run.stderr
 
 
 def test_records_in_ram_are_refused():
@@ -295,9 +358,8 @@ def test_code_outside_of_a_job_is_not_interrupted_by_a_signal():
 @pytest.fixture
 def child(monkeypatch):
     """Be a process of the pool; tells which signals reached the pool's own handlers."""
-    made, reached = module.Signals(), []
-    made.soft = 60
-    monkeypatch.setattr(module.site, "parent", os.getppid())
+    made, reached = Signals(), []
+    made.parent, made.soft = os.getppid(), 60
     monkeypatch.setattr(module, "signals_of_celery", made)
     numbers = (signal.SIGTERM, signal.SIGUSR1)
     before = {n: signal.signal(n, lambda number, _: reached.append(number)) for n in numbers}
@@ -352,6 +414,13 @@ def test_a_process_that_is_told_to_end_gives_its_job_back_first(function, child,
     with client(broker) as web:
         status = answered(web, function, int(signal.SIGTERM))
         assert (status.status, status.attempts) == ("accepted", 0)
+        assert child.reached == [signal.SIGTERM]
+
+
+def test_a_process_that_is_told_to_end_between_two_jobs_ends_at_once(child, broker):
+    with client(broker) as web:
+        answered(web, echo)
+        os.kill(os.getpid(), signal.SIGTERM)
         assert child.reached == [signal.SIGTERM]
 
 
@@ -584,14 +653,6 @@ class Deployment:
             close()
         if self.broker:
             remove_queue(self.queue, RABBITMQ if "amqp" in self.broker else REDIS)
-
-
-def remove_queue(name, url):
-    with connect(url) as connection, suppress(*connection.channel_errors):
-        channel = connection.default_channel
-        channel.queue_delete(name)
-        if url == RABBITMQ:
-            channel.exchange_delete(name)
 
 
 def listens(port):

@@ -21,10 +21,11 @@ def long_by_nature():
     faulthandler.cancel_dump_traceback_later()
 
 
-def crash(*arguments):
-    """Run the crash test with 500 jobs and 20 kills; return its exit status and its summary."""
+def crash(*arguments, jobs=500, kills=20):
+    """Run the crash test; return its exit status and its summary."""
+    size = ("--jobs", str(jobs), "--kills", str(kills))
     done = subprocess.run(
-        [sys.executable, "-m", "tests.crash", "--jobs", "500", "--kills", "20", *arguments],
+        [sys.executable, "-m", "tests.crash", *size, *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -51,4 +52,19 @@ def test_taking_the_fence_out_lets_dismissed_jobs_take_effect():
 def test_committing_status_and_effects_apart_doubles_effects():
     status, summary = crash("--control", "two-commits")
     assert "took effect more than once" in summary
+    assert status == 1
+
+
+@pytest.mark.parametrize(("storage", "broker"), [("zeo", "amqp"), ("relstorage", "redis")])
+def test_nothing_is_lost_or_doubled_over_celery(storage, broker):
+    over_celery = ("--executor", "celery", "--broker", broker)
+    status, summary = crash("--storage", storage, *over_celery, jobs=200, kills=8)
+    assert "nothing lost, nothing doubled" in summary
+    assert status == 0
+
+
+def test_taking_the_fence_out_is_found_out_over_celery_too():
+    over_celery = ("--executor", "celery", "--storage", "zeo")
+    status, summary = crash("--control", "no-fence", *over_celery, jobs=400, kills=16)
+    assert "was dismissed and took effect" in summary
     assert status == 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 import pytest
 import transaction
@@ -12,6 +14,7 @@ from BTrees.OOBTree import OOBTree
 from persistent import Persistent
 from webapp import GATES, gate
 from ZODB.FileStorage import FileStorage
+from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import ConflictError
 
 from pyramid_async.context import PersistentContext
@@ -493,6 +496,18 @@ def executor_has_ended(wait):
     wait(lambda: not any(t.name.startswith(names) for t in threading.enumerate()))
 
 
+def test_stopped_scheduler_in_ram_promises_nothing():
+    scheduler = TransactionalScheduler()
+    sid = scheduler.schedule(show)
+    transaction.commit()
+    scheduler.stop()
+    for schedule in (scheduler.schedule, scheduler.using(title="later").schedule):
+        with pytest.raises(RuntimeError, match="stopped"):
+            schedule(show)
+    transaction.abort()
+    assert scheduler.completed(sid) is not None  # what is known can still be asked
+
+
 def test_persistent_scheduler_takes_named_functions_alone(persistent):
     with pytest.raises(NotSchedulable, match="lambda"):
         persistent.scheduler.schedule(lambda: None)
@@ -539,6 +554,23 @@ def test_stopped_persistent_scheduler_starts_again_at_its_next_use(persistent, w
     transaction.commit()
     persistent.ends(sid, wait_for)
     assert persistent.scheduler.get_result(sid) == (1, None)
+
+
+def test_closed_database_leaves_nothing_of_its_schedulers(wait_for):
+    db = ZODB.DB(MappingStorage())
+    with db.transaction() as connection:
+        connection.root()["scheduler"] = PersistentTransactionalScheduler()
+    connection = db.open()
+    connection.root()["scheduler"].schedule(give, 1)
+    transaction.commit()
+    executor = connection.root()["scheduler"]._scheduler().executor
+    threads, reference = [*executor.threads, executor.recovery._thread], weakref.ref(db)
+    transaction.abort()
+    connection.close()
+    db.close()
+    assert not any(thread.is_alive() for thread in threads)
+    del db, connection, executor
+    wait_for(lambda: gc.collect() is not None and reference() is None)
 
 
 def test_persistent_scheduler_is_as_durable_as_the_data_beside_it(persistent, wait_for):

@@ -487,8 +487,6 @@ def test_executors_of_tests_keep_the_contract(registry):
     for replace in (inline, manual):
         with replace(registry) as jobs:
             assert verifyObject(IExecutor, jobs)
-            jobs.suspend("the database is out of reach")
-            assert jobs.suspended
 
 
 def test_manual_runs_the_jobs_of_a_process_that_runs_none_itself(store):

@@ -12,6 +12,7 @@ import time
 import transaction
 
 from .audit import Books, Testimony, audit, reasons
+from .executors import BROKERS, EXECUTORS
 from .faults import CONTROLS
 from .storages import STORAGES
 from .supervisor import Stuck, Supervisor
@@ -20,12 +21,16 @@ from .supervisor import Stuck, Supervisor
 def arguments():
     parser = argparse.ArgumentParser(prog="python -m tests.crash", description=__doc__)
     parser.add_argument("--storage", choices=STORAGES, default="filestorage")
+    parser.add_argument("--executor", choices=EXECUTORS, default="threads")
+    parser.add_argument("--broker", choices=BROKERS, default="amqp", help="for Celery")
     parser.add_argument("--jobs", type=int, default=500, help="acknowledged jobs")
     parser.add_argument("--kills", type=int, default=20, help="kills, spread over the run")
     parser.add_argument("--seed", type=int, default=None, help="repeats the choices of a run")
     parser.add_argument("--control", choices=CONTROLS, help="break the library; must fail")
     parser.add_argument("--keep", action="store_true", help="keep the directory of the run")
     given = parser.parse_args()
+    if given.executor == "celery" and given.storage == "filestorage":
+        parser.error("Celery needs a storage that several processes share, not filestorage")
     if given.seed is None:
         given.seed = random.randrange(1_000_000)
     return given
@@ -36,12 +41,15 @@ def main(given):
     directory = tempfile.mkdtemp(prefix="crash-")
     begun = time.monotonic()
     storage = STORAGES[given.storage](directory, given.control)
-    supervisor = Supervisor(storage, given.jobs, given.kills, given.seed, given.control)
+    executor = EXECUTORS[given.executor](storage, given.broker, given.control, given.seed)
+    supervisor = Supervisor(storage, executor, given.jobs, given.kills, given.seed)
     try:
         storage.start()
+        executor.start()
         broken = run(supervisor)
         testimony, findings, why = inspect(storage)
     finally:
+        executor.stop()
         storage.stop()
     findings.check("what kept the run from its end", broken)
     report(given, supervisor, testimony, findings, why, time.monotonic() - begun)
@@ -77,11 +85,17 @@ def inspect(storage):
 
 def report(given, supervisor, testimony, findings, why, seconds):
     """Print the summary."""
-    print(f"storage {given.storage}, seed {given.seed}, control {given.control or 'none'}")
+    executor = f"celery on {given.broker}" if given.executor == "celery" else given.executor
+    print(
+        f"storage {given.storage}, executor {executor}, seed {given.seed},"
+        f" control {given.control or 'none'}"
+    )
     for name, count in findings.counts.items():
         print(f"  {name:15} {count:7}")
     print(f"  {'seconds':15} {seconds:7.1f}")
     print("  kills           " + listed(supervisor.done))
+    if supervisor.messages:
+        print("  messages        " + listed(supervisor.messages))
     print("  request errors  " + listed(testimony.errors))
     if why:
         print("  failed because  " + listed(why))

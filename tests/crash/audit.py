@@ -179,7 +179,7 @@ def odd(sid, record):
     return (
         record.sid != sid
         or record.holder is not None
-        or record.arguments is not None
+        or (record.arguments is not None and record.status != FAILED)
         or record.finished is None
         or (record.status == FAILED) != (record.failure is not None)
         or (record.status == SUCCESSFUL) != (record.result is not None)

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from secrets import token_hex
 
@@ -48,6 +48,7 @@ class Part:
     clients: int
     seed: str
     control: str | None = None
+    settings: dict = field(default_factory=dict)
 
     def command(self):
         return [sys.executable, "-m", __name__, json.dumps(asdict(self))]
@@ -72,18 +73,24 @@ class Client:
         self.tell = tell
         self.executor = app.registry.getUtility(IScheduler).executor
         self.recent = []
+        self.running = []
 
     def run(self):
         while not (self.directory / SETTLE).exists():
-            if len(self.executor.held) < BACKLOG:
+            if self.look() < BACKLOG:
                 self.move()
                 self.maybe(DISMISS, self.dismiss)
                 self.maybe(FORGET, self.forget)
             time.sleep(random.uniform(0, THINK))
 
+    def look(self):
+        """Note which jobs run; return how many wait."""
+        self.running = list(self.executor.worker.running)
+        return len(self.executor.held)
+
     def maybe(self, chance, act):
-        """Do something to a job that was just scheduled or that runs here, with some chance."""
-        sids = [*self.recent, *self.executor.worker.running]
+        """Do something to a job that was just scheduled or that runs, with some chance."""
+        sids = [*self.recent, *self.running]
         if sids and random.random() < chance:
             act(random.choice(sids))
 
@@ -120,6 +127,17 @@ class Client:
         return response
 
 
+class FarClient(Client):
+    """A client of jobs that run in other processes."""
+
+    def look(self):
+        response = self.ask("GET", "/left")
+        if response is None or response.status_code != 200:
+            return BACKLOG
+        self.running = response.json["running"]
+        return response.json["left"]
+
+
 def main(part):
     """Run until told to stop, or killed."""
     random.seed(part.seed)
@@ -127,13 +145,13 @@ def main(part):
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(threadName)s %(name)s: %(message)s"
     )
-    if part.control:
-        faults.CONTROLS[part.control]()
-    app = application(part.uri, part.workers)
+    settings = {"zodbconn.uri": part.uri, "async.workers": part.workers, **part.settings}
+    app = application(settings, part.control)
     faults.spoil_wake_ups(app.registry.getUtility(IScheduler).executor)
     tell = Log(Path(part.directory, f"{part.name}.log"))
+    kind = FarClient if "async.executor" in part.settings else Client
     for _ in range(part.clients):
-        threading.Thread(target=Client(part, app, tell).run, daemon=True).start()
+        threading.Thread(target=kind(part, app, tell).run, daemon=True).start()
     wait_for_the_end(Path(part.directory), app, tell)
     app.registry.getUtility(IScheduler).executor.stop()
 
@@ -148,7 +166,7 @@ def wait_for_the_end(directory, app, tell):
 
 def tell_what_is_left(app, tell):
     try:
-        tell("left", Request.blank("/left").get_response(app).json)
+        tell("left", Request.blank("/left").get_response(app).json["left"])
     except Exception as error:
         tell("error", type(error).__name__)
 

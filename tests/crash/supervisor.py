@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import random
 import signal
-import subprocess
 import time
 from collections import Counter
-from pathlib import Path
 
 import transaction
 
 from .bank import Bank
-from .child import SETTLE, STOP, Part
-from .web import LEASE
+from .child import SETTLE, STOP
+from .processes import CeleryWorker
 
 MOST_ENDS = 50  # of processes that nobody killed
 FREEZES = 0.2  # for each kill, where processes can be frozen
@@ -25,45 +23,6 @@ LOOK = 0.01  # seconds between two looks at the processes
 
 class Stuck(Exception):
     """The run does not get on."""
-
-
-class Process:
-    """A process of the run, started again whenever it ends."""
-
-    def __init__(self, part):
-        self.part = part
-        self.generation = 0
-        self.running = None
-        self.frozen_until = None
-        self.stopping = False
-
-    def start(self):
-        self.generation += 1
-        self.frozen_until = None
-        self.stopping = False
-        part = Part(**{**vars(self.part), "seed": f"{self.part.seed}-{self.generation}"})
-        with open(Path(part.directory, f"{part.name}.err"), "a") as err:
-            self.running = subprocess.Popen(part.command(), stdout=err, stderr=err)
-
-    def kill(self):
-        self.running.send_signal(signal.SIGKILL)
-        self.running.wait()
-        self.start()
-
-    def stop(self):
-        """Ask the process to end; it is started again once it did."""
-        self.thaw(at_once=True)
-        self.stopping = True
-        self.running.send_signal(signal.SIGTERM)
-
-    def freeze(self, seconds):
-        self.running.send_signal(signal.SIGSTOP)
-        self.frozen_until = time.monotonic() + seconds
-
-    def thaw(self, at_once=False):
-        if self.frozen_until and (at_once or time.monotonic() > self.frozen_until):
-            self.running.send_signal(signal.SIGCONT)
-            self.frozen_until = None
 
 
 class Journal:
@@ -86,35 +45,27 @@ class Journal:
 class Supervisor:
     """One run.  Touches the database before the processes start, and never while they run."""
 
-    def __init__(self, storage, jobs, kills, seed, control):
+    def __init__(self, storage, executor, jobs, kills, seed):
         self.storage = storage
+        self.executor = executor
         self.jobs = jobs
         self.random = random.Random(seed)
         self.journal = Journal(storage.directory)
         self.accepted = 0
         self.left = None  # unfinished jobs, as a process counted them last
         self.done = Counter()  # faults by kind
+        self.messages = Counter()  # messages that were purged and doubled
         self.plan = self._plan(kills)
-        self.processes = [
-            Process(
-                Part(
-                    name=name,
-                    directory=str(storage.directory),
-                    uri=storage.uri,
-                    workers=workers,
-                    clients=clients,
-                    seed=f"{seed}-{name}",
-                    control=control,
-                )
-            )
-            for name, (workers, clients) in storage.processes.items()
-        ]
+        self.processes = executor.processes()
 
     def _plan(self, kills):
         """Return faults as (number of accepted jobs, kind), spread over the run."""
-        kinds = [self.random.choice(self.storage.faults) for _ in range(kills)]
+        faults = self.storage.faults + self.executor.faults
+        kinds = [self.random.choice(faults) for _ in range(kills)]
         kinds += ["freeze"] * round(kills * FREEZES * self.storage.freezes)
         kinds += ["stop"] * round(kills * STOPS)
+        for kind, share in self.executor.disturbances.items():
+            kinds += [kind] * round(kills * share)
         self.random.shuffle(kinds)
         step = self.jobs / max(1, len(kinds))
         return [
@@ -132,8 +83,7 @@ class Supervisor:
             self._end()
         finally:
             for process in self.processes:
-                process.running.kill()
-                process.running.wait()
+                process.destroy()
 
     def _make_bank(self):
         db = self.storage.open()
@@ -158,10 +108,27 @@ class Supervisor:
         self.random.choice(self.processes).kill()
 
     def _freeze(self):
-        self.random.choice(self.processes).freeze(self.random.uniform(1.5, 3) * LEASE)
+        self.random.choice(self.processes).freeze(self.random.uniform(1.5, 3) * self.executor.lease)
 
     def _stop(self):
         self.random.choice(self.processes).stop()
+
+    def _worker(self):
+        self.random.choice(self._workers()).kill()
+
+    def _child(self):
+        while not self.random.choice(self._workers()).kill_child(self.random):
+            self._look()  # one that was just started has no children yet
+            time.sleep(LOOK)
+
+    def _workers(self):
+        return [process for process in self.processes if isinstance(process, CeleryWorker)]
+
+    def _purge(self):
+        self.messages["purged"] += self.executor.purge()
+
+    def _double(self):
+        self.messages["doubled"] += self.executor.double()
 
     def _server(self):
         self.storage.kill_server(self.random)
@@ -187,7 +154,9 @@ class Supervisor:
 
     def _look(self):
         for word, *rest in self.journal.news():
-            self.accepted += word == "accepted"
+            if word == "accepted":
+                self.accepted += 1
+                self.executor.know(rest[0])
             if word == "left":
                 self.left = int(rest[0])
         for process in self.processes:
@@ -205,7 +174,7 @@ class Supervisor:
             process.thaw(at_once=True)
         (self.storage.directory / SETTLE).touch()
         # Requests under way end, and their jobs are counted.
-        quiet = time.monotonic() + 2 * LEASE
+        quiet = time.monotonic() + 2 * self.executor.lease
         self._wait(lambda: time.monotonic() > quiet)
         self.left = None
         self._wait(lambda: self.left == 0)
@@ -213,7 +182,7 @@ class Supervisor:
     def _end(self):
         (self.storage.directory / STOP).touch()
         for process in self.processes:
-            process.running.wait(PATIENCE)
+            process.end(PATIENCE)
 
     def _ask_where_they_are(self):
         for process in self.processes:

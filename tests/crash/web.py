@@ -9,6 +9,7 @@ from pyramid.httpexceptions import HTTPNotFound
 from pyramid.response import Response
 from pyramid_zodbconn import get_connection
 
+from . import faults
 from .bank import bank_of, move
 
 HEARTBEAT = 0.2
@@ -29,9 +30,17 @@ SETTINGS = {
 }
 
 
-def application(uri, workers):
-    """Return the WSGI application."""
-    settings = {**SETTINGS, "zodbconn.uri": uri, "async.workers": workers}
+def main(global_config, **settings):
+    """Return the application of a Celery worker, whose ini file holds the settings."""
+    control = settings.pop("crash.control")
+    return application(settings, control)
+
+
+def application(settings, control=None):
+    """Return the WSGI application, or what a control makes of it."""
+    if control:
+        faults.CONTROLS[control]()
+    settings = {**SETTINGS, **settings}
     with Configurator(settings=settings) as config:
         config.include("pyramid_retry")
         config.include("pyramid_zodbconn")
@@ -61,6 +70,8 @@ def forget(request):
 
 
 def left(request):
-    """Count the jobs that are not finished, whoever owns them."""
+    """Count the jobs that are not finished, whoever owns them, and list those that run."""
     trees = get_connection(request).root()["pyramid_async"].unfinished
-    return sum(not record.done for tree in trees for record in tree.values())
+    records = [record for tree in trees for record in tree.values() if not record.done]
+    running = [record.sid for record in records if record.status == "running"]
+    return {"left": len(records), "running": running}

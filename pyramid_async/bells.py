@@ -1,0 +1,220 @@
+"""The bells of Celery workers: messages with a job's id and nothing else, and who sends them."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import click
+from celery import Celery
+
+log = logging.getLogger(__name__)
+
+# The one task that a message can name.
+BELL = "pyramid_async.bell"
+
+# Longest time that publishing may wait for a broker, seconds.
+BROKER_TIMEOUT = 1.0
+
+# Seconds after which a process rings again for a job that nobody began.
+AGAIN = 30.0
+
+# Seconds that a job may be passed over because other bells still wait in its queue.
+PASSED_OVER = 300.0
+
+# Seconds for which the length of a queue is taken as known.
+LENGTH_KNOWN = 1.0
+
+app = Celery("pyramid_async", set_as_current=False)
+app.user_options["preload"].add(
+    click.Option(("--ini",), help="The application's ini file, or file#section.")
+)
+# Nothing but an id passes, one way.
+app.conf.update(
+    task_serializer="json",
+    accept_content=["json"],
+    task_ignore_result=True,
+    task_acks_late=False,
+    worker_prefetch_multiplier=1,
+    worker_enable_remote_control=False,
+    worker_hijack_root_logger=False,
+    worker_proc_alive_timeout=60.0,  # making the application takes longer than 4 s
+    broker_connection_retry_on_startup=True,
+)
+
+
+@app.on_after_finalize.connect(weak=False)
+def leave_the_bell_alone(**_: Any) -> None:
+    """Take out Celery's own tasks, which whoever can write to the broker could call."""
+    for name in list(app.tasks):
+        if name != BELL:
+            app.tasks.unregister(name)
+
+
+class Ring(NamedTuple):
+    """One message to be sent; *again* when another may still wait in the queue."""
+
+    sid: str
+    queue: str
+    again: bool
+
+
+class Bells:
+    """Publishes: a thread of its own, a bounded queue and short time-outs.
+
+    It drops what it cannot pass on: recovery rings again for jobs that nobody began.
+    """
+
+    def __init__(self, url: str, default_queue: str, most: int) -> None:
+        self.url = url
+        self.default_queue = default_queue
+        self.most = most
+        self.stopped = threading.Event()
+        self._waiting: queue.Queue[Ring | None] = queue.Queue(most)
+        self._rung: dict[str, float] = {}  # sid -> when, monotonic
+        self._passed_over: dict[str, float] = {}  # sid -> since when, monotonic
+        self._lengths: dict[str, tuple[float, int]] = {}  # queue -> (when, messages in it)
+        self._connection: Any = None
+        self._thread = threading.Thread(target=self._work, name="pyramid_async-bells", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def room(self) -> int:
+        return self.most - self._waiting.qsize()
+
+    def rung(self, sid: str) -> bool:
+        """Say whether we rang for the job a moment ago."""
+        return time.monotonic() - self._rung.get(sid, -AGAIN) < AGAIN
+
+    def ring(self, sid: str, queue_name: str | None, again: bool = False) -> None:
+        """Have a message sent; never wait."""
+        try:
+            self._waiting.put_nowait(Ring(sid, queue_name or self.default_queue, again))
+        except queue.Full:
+            return  # recovery rings later
+        self._note(sid)
+
+    def stop(self, timeout: float) -> None:
+        """Send what waits, for *timeout* seconds at most."""
+        self.stopped.set()
+        with suppress(queue.Full):
+            self._waiting.put_nowait(None)  # wakes the thread
+        self._thread.join(timeout)
+
+    def _note(self, sid: str) -> None:
+        if len(self._rung) > self.most:
+            self._rung.clear()  # at worst a bell is rung twice
+        self._rung[sid] = time.monotonic()
+
+    def _work(self) -> None:
+        while self._next():
+            pass
+        self._disconnect()
+
+    def _next(self) -> bool:
+        """Take one bell from the queue; return False at the end."""
+        try:
+            ring = self._waiting.get(timeout=0.05 if self.stopped.is_set() else 0.5)
+        except queue.Empty:
+            return not self.stopped.is_set()
+        return ring is None or self._try_to_pass_on(ring)
+
+    def _try_to_pass_on(self, ring: Ring) -> bool:
+        """Pass on a bell or drop it; return False when no more are to be tried."""
+        try:
+            self._pass_on(ring)
+        except Exception as error:
+            log.warning(
+                "the bell for job %r was dropped, recovery will ring it: %r", ring.sid, error
+            )
+            self._rung.pop(ring.sid, None)
+            return not self.stopped.wait(BROKER_TIMEOUT)
+        return True
+
+    def _pass_on(self, ring: Ring) -> None:
+        used_before = self._connection is not None
+        try:
+            self._send(ring)
+        except Exception:
+            self._disconnect()
+            if not used_before:
+                raise
+            # A broker that was restarted, or a firewall, had closed it: no reason to drop a bell.
+            self._send(ring)
+
+    def _send(self, ring: Ring) -> None:
+        if ring.again and self._others_wait(ring):
+            self._rung.pop(ring.sid, None)
+            return
+        self._passed_over.pop(ring.sid, None)
+        app.send_task(
+            BELL,
+            (ring.sid,),
+            queue=ring.queue,
+            connection=self._connected(),
+            ignore_result=True,
+            retry=False,
+            confirm_timeout=BROKER_TIMEOUT,
+        )
+
+    def _others_wait(self, ring: Ring) -> bool:
+        """Say whether the queue is still being worked off, the job's own bell in it.
+
+        Every process looks for jobs that nobody began: while the workers are behind or down,
+        they would fill the queue with copies.
+        """
+        if not self._length(ring.queue):
+            return False
+        if len(self._passed_over) > self.most:
+            self._passed_over.clear()
+        now = time.monotonic()
+        return now - self._passed_over.setdefault(ring.sid, now) < PASSED_OVER
+
+    def _length(self, queue_name: str) -> int:
+        when, length = self._lengths.get(queue_name, (-LENGTH_KNOWN, 0))
+        if time.monotonic() - when >= LENGTH_KNOWN:
+            length = self._ask_length(queue_name)
+            self._lengths[queue_name] = time.monotonic(), length
+        return length
+
+    def _ask_length(self, queue_name: str) -> int:
+        connection = self._connected()
+        try:
+            declared = connection.default_channel.queue_declare(queue=queue_name, passive=True)
+        except connection.channel_errors:
+            self._disconnect()  # there is no such queue, and the channel is closed by that
+            return 0
+        return int(declared.message_count)
+
+    def _connected(self) -> Any:
+        if self._connection is None:
+            self._connection = connect(self.url)
+        return self._connection
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            try:
+                connection.release()
+            except Exception as error:
+                log.debug("the broker's connection did not close: %r", error)
+
+
+def connect(url: str) -> Any:
+    """Return a connection to the broker on which nothing waits longer than BROKER_TIMEOUT."""
+    options: dict[str, Any] = {"max_retries": 1, "interval_start": 0, "interval_step": 0}
+    if url.startswith(("redis", "sentinel")):
+        options.update(socket_timeout=BROKER_TIMEOUT, socket_connect_timeout=BROKER_TIMEOUT)
+    else:
+        options.update(
+            read_timeout=BROKER_TIMEOUT, write_timeout=BROKER_TIMEOUT, confirm_publish=True
+        )
+    # No heartbeat: nobody would send it while there is nothing to publish.
+    return app.connection_for_write(
+        url, connect_timeout=BROKER_TIMEOUT, heartbeat=0, transport_options=options
+    )
