@@ -13,8 +13,10 @@ from pyramid.scripting import prepare
 from pyramid.session import SignedCookieSessionFactory
 from pyramid_zodbconn import get_connection
 
+from . import characters, jobs
 from .models import Catalogue
 from .sample import SAMPLE, write_sample
+from .users import Users
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self';"
@@ -38,13 +40,37 @@ def main(global_config: dict[str, str], **settings: Any) -> Any:
         config.set_session_factory(
             SignedCookieSessionFactory(settings["demo.secret"], httponly=True, samesite="Lax")
         )
-        config.set_default_csrf_options(require_csrf=True)
+        config.set_security_policy(Users(settings["demo.secret"]))
+        config.set_default_csrf_options(require_csrf=True, callback=needs_token)
         config.add_request_method(catalogue, reify=True)
         config.add_subscriber(add_headers, NewResponse)
-        config.include(".views")
+        add_operations(config)
+        for module in ("users", "views", "characters", "elsewhere"):
+            config.include(f".{module}")
     app = config.make_wsgi_app()
     prepare_database(app.registry)
     return app
+
+
+def add_operations(config: Configurator) -> None:
+    """Name the functions: the pages ask for the name, and the first can be called by JSON-RPC."""
+    config.add_operation("echo", jobs.echo, title="Echo")
+    for name, job in (
+        ("import", jobs.import_csv),
+        ("export", jobs.export_csv),
+        ("count", jobs.count_slowly),
+        ("characters", characters.index_characters),
+    ):
+        config.add_operation(name, job, permission="nobody")
+
+
+def needs_token(request: Request) -> bool:
+    """Say whether a form's token is asked for.
+
+    A page of another origin has none. JSON-RPC takes nothing but JSON, for which a browser asks
+    first, and only listed origins are told yes.
+    """
+    return request.matched_route is None or request.matched_route.name != "async.rpc"
 
 
 def prepare_database(registry: Any) -> None:
@@ -54,6 +80,7 @@ def prepare_database(registry: Any) -> None:
         with request.tm:
             connection = get_connection(request)
             connection.root().setdefault("demo", Catalogue())
+            connection.root().setdefault(characters.KEY, characters.Characters())
         database = connection.db()
     # Looked up when it is called: closed before, it does nothing.
     atexit.register(lambda: database.close())

@@ -21,23 +21,30 @@ ENVIRONMENT.setdefault("PYTHONWARNINGS", "ignore:pkg_resources is deprecated")
 
 def main():
     parser = argparse.ArgumentParser(prog="python3 demo", description="Run the demo.")
-    parser.add_argument("--port", type=int, default=6543)
+    parser.add_argument("--port", type=int, default=6543, help="this one and the next are used")
     port = parser.parse_args().port
     if sys.version_info < (3, 11):  # noqa: UP036
         sys.exit("The demo needs Python 3.11 or later.")
-    check_port(port)
+    for used in (
+        port,
+        port + 1,
+    ):  # the second is another origin, for the page that calls from there
+        check_port(used)
     if not installed():
         install()
     print(f"Open http://localhost:{port}/ (Ctrl-C ends the server.)", flush=True)
     os.chdir(HOME)
-    serve(f"-m pyramid.scripts.pserve --server-name port development.ini http_port={port}".split())
+    serve(
+        "-m pyramid.scripts.pserve --app-name port --server-name port development.ini"
+        f" http_port={port} other_port={port + 1}".split()
+    )
 
 
 def check_port(port):
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except (OSError, OverflowError) as error:
-        sys.exit(f"Port {port} cannot be used: {error}. Choose another: python3 demo --port 6544")
+        sys.exit(f"Port {port} cannot be used: {error}. Choose others: python3 demo --port 8080")
 
 
 def installed():

@@ -24,6 +24,8 @@ ROWS_OF_A_REPORT = 200
 
 def import_csv(dataset: Dataset, encoding: str | None = None) -> dict[str, int]:
     """Read the dataset's upload into its rows; broken rows are left out and listed."""
+    # When an operator has a failed import run again, that is another job than the request knew.
+    dataset.sid = current_job().sid or dataset.sid
     try:
         read_upload(dataset, encoding)
     except NotCsv as error:
@@ -84,6 +86,14 @@ def count_slowly(counter: Length, steps: int = 60, pause: float = 0.5) -> int:
         counter.change(1)
         time.sleep(pause)
     return counter()
+
+
+def echo(text: str, seconds: float = 5.0) -> str:
+    """Return the text, after a while."""
+    steps = 50
+    for _ in current_job().track(range(steps), message="Thinking it over"):
+        time.sleep(seconds / steps)
+    return text
 
 
 def fail_politely() -> None:

@@ -45,9 +45,9 @@ CATEGORIES = {
 WIDTHS = {"F": "full", "H": "half", "W": "wide", "Na": "narrow", "A": "ambiguous", "N": "neutral"}
 
 
-def characters() -> Iterator[tuple[str, str]]:
-    """Yield every named character and its name."""
-    for code in range(sys.maxunicode + 1):
+def characters(first: int = 0) -> Iterator[tuple[str, str]]:
+    """Yield every named character from the code point *first* on, and its name."""
+    for code in range(first, sys.maxunicode + 1):
         name = unicodedata.name(chr(code), "")
         if name and not name.startswith(COUNTED):
             yield chr(code), name

@@ -13,19 +13,27 @@ from pyramid.csrf import get_csrf_token
 from pyramid.events import BeforeRender
 from pyramid.exceptions import BadCSRFToken
 from pyramid.httpexceptions import HTTPNotFound, HTTPSeeOther
+from pyramid.interfaces import IRoutesMapper
 from pyramid.request import Request
 from pyramid.response import FileResponse
 from pyramid.view import exception_view_config, notfound_view_config, view_config
 from ZODB.blob import Blob
 
+from pyramid_async import JobStatus
+
 from . import jobs
+from .charts import Timeline
 from .csvfile import ENCODINGS, MAX_ROWS, counted
+from .elsewhere import elsewhere_url
 from .models import Dataset
 from .sample import SAMPLE
+from .users import is_operator
 
 ROWS_OF_A_PAGE = 50
-REMEMBERED_JOBS = 8
+LISTED_JOBS = 20
+DRAWN_JOBS = 12
 LONGEST_QUERY = 200  # characters
+LONGEST_ECHO = 1000  # characters
 
 STATUS_TEXTS = {
     "accepted": "waiting",
@@ -46,6 +54,7 @@ def includeme(config: Configurator) -> None:
     for name in ("import", "export", "delete"):
         pattern = f"/datasets/{{id}}/{name}"
         config.add_route(name, pattern, factory=find_dataset, request_method="POST")
+    config.add_route("jobs", "/jobs")
     config.add_route("job", "/jobs/{sid}")
     config.add_route("cancel", "/jobs/{sid}/cancel", request_method="POST")
     config.add_subscriber(add_names, BeforeRender)
@@ -54,12 +63,29 @@ def includeme(config: Configurator) -> None:
 
 def add_names(names: BeforeRender) -> None:
     """Give every template what all of them need."""
+    request = names["request"]
     names.update(
         counted=counted,
-        csrf_token=get_csrf_token(names["request"]),
+        csrf_token=get_csrf_token(request),
         status_texts=STATUS_TEXTS,
         time_text=lambda seconds: time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds)),
+        clock_text=lambda seconds: time.strftime("%H:%M:%S", time.localtime(seconds)),
+        sees=lambda job: job is not None and sees(request, job),
+        operator=is_operator(request),
+        manage_url=manage_url(request),
+        elsewhere_url=elsewhere_url(request),
     )
+
+
+def manage_url(request: Request) -> str | None:
+    """Return the address of the library's page for operators, for those who may see it."""
+    route = request.registry.queryUtility(IRoutesMapper).get_route("async.manage")
+    return request.route_path("async.manage") if route and is_operator(request) else None
+
+
+def sees(request: Request, job: JobStatus) -> bool:
+    """Say whether the user may see the job, as the library's own resource decides."""
+    return job.owner in (None, request.authenticated_userid) or is_operator(request)
 
 
 def find_dataset(request: Request) -> Dataset:
@@ -76,10 +102,8 @@ def find_dataset(request: Request) -> Dataset:
 def index(request: Request) -> dict[str, Any]:
     status = request.scheduler.status
     datasets = request.catalogue.newest_first()
-    recent = [(status(sid), id) for sid, id in request.session.get("jobs", ())]
     return {
         "datasets": [(dataset, status(dataset.sid)) for dataset in datasets],
-        "jobs": [(job, id) for job, id in recent if job is not None],
         "encodings": ENCODINGS,
         "max_rows": MAX_ROWS,
         "counter": request.catalogue.counter(),
@@ -131,7 +155,7 @@ def start_import(request: Request, dataset: Dataset) -> HTTPSeeOther:
         encoding = None  # to be detected
     scheduler = request.scheduler.using(title=f"Import {dataset.name}")
     dataset.sid = scheduler.schedule(jobs.import_csv, dataset, encoding)
-    return to_job(request, dataset.sid, dataset)
+    return to_job(request, dataset.sid)
 
 
 @view_config(route_name="import")
@@ -177,7 +201,7 @@ def page_number(request: Request) -> int:
 def export(request: Request) -> HTTPSeeOther:
     dataset, query = request.context, query_of(request)
     scheduler = request.scheduler.using(title=f"Export {dataset.name}")
-    return to_job(request, scheduler.schedule(jobs.export_csv, dataset, query), dataset)
+    return to_job(request, scheduler.schedule(jobs.export_csv, dataset, query))
 
 
 @view_config(route_name="delete")
@@ -203,6 +227,12 @@ def start_count(request: Request) -> HTTPSeeOther:
     return to_job(request, scheduler.schedule(jobs.count_slowly, request.catalogue.counter))
 
 
+@view_config(route_name="start", match_param="name=echo")
+def start_echo(request: Request) -> HTTPSeeOther:
+    text = request.POST.get("text", "")[:LONGEST_ECHO]
+    return to_job(request, request.scheduler.using(title="Echo").schedule(jobs.echo, text))
+
+
 @view_config(route_name="start", match_param="name=fail")
 def start_failure(request: Request) -> HTTPSeeOther:
     scheduler = request.scheduler.using(title="Fail with a reason")
@@ -218,36 +248,51 @@ def start_crash(request: Request) -> HTTPSeeOther:
 # -- jobs ------------------------------------------------------------------------------
 
 
+@view_config(route_name="jobs", renderer="templates/jobs.jinja2")
+def list_jobs(request: Request) -> dict[str, Any]:
+    own = request.scheduler.jobs()[:LISTED_JOBS]
+    return {
+        "jobs": own,
+        "timeline": Timeline(own[:DRAWN_JOBS]),
+        "limit": LISTED_JOBS,
+        "running": any(not job.done for job in own),
+    }
+
+
 @view_config(route_name="job", renderer="templates/job.jinja2")
 def show_job(request: Request) -> dict[str, Any]:
-    job = request.scheduler.status(request.matchdict["sid"])
-    if job is None:
-        raise HTTPNotFound("There is no such job. Finished jobs are forgotten after an hour.")
-    # The jobs without a dataset are those that count.
-    id = request.params.get("dataset")
-    dataset = request.catalogue.datasets.get(id) if id else None
+    job = find_job(request)
+    successful_echo = job.process_id == "echo" and job.status == "successful"
     return {
         "job": job,
-        "dataset": dataset,
-        "imports": dataset is not None and dataset.sid == job.sid,
-        "counter": None if id else request.catalogue.counter(),
+        "dataset": imported_by(request, job),
+        "counter": request.catalogue.counter(),
+        "answer": request.scheduler.outcome(job.sid)[1] if successful_echo else None,
     }
+
+
+def find_job(request: Request) -> JobStatus:
+    job = request.scheduler.status(request.matchdict["sid"])
+    if job is None or not sees(request, job):
+        raise HTTPNotFound("There is no such job. Finished jobs are forgotten after an hour.")
+    return job
+
+
+def imported_by(request: Request, job: JobStatus) -> Dataset | None:
+    datasets = request.catalogue.datasets.values()
+    return next((dataset for dataset in datasets if dataset.sid == job.sid), None)
 
 
 @view_config(route_name="cancel")
 def cancel(request: Request) -> HTTPSeeOther:
     """Cancel a job where there is no JavaScript; script sends DELETE to the job itself."""
-    sid = request.matchdict["sid"]
-    request.scheduler.cancel(sid)
-    return HTTPSeeOther(request.route_path("job", sid=sid, _query=request.GET))
+    job = find_job(request)
+    request.scheduler.cancel(job.sid)
+    return to_job(request, job.sid)
 
 
-def to_job(request: Request, sid: str, dataset: Dataset | None = None) -> HTTPSeeOther:
-    """Lead to the job's page, and remember the job for this browser's list."""
-    remembered = [[sid, dataset.id if dataset else None], *request.session.get("jobs", ())]
-    request.session["jobs"] = remembered[:REMEMBERED_JOBS]
-    query = {"dataset": dataset.id} if dataset else None
-    return HTTPSeeOther(request.route_path("job", sid=sid, _query=query))
+def to_job(request: Request, sid: str) -> HTTPSeeOther:
+    return HTTPSeeOther(request.route_path("job", sid=sid))
 
 
 def to_index(request: Request, message: str) -> HTTPSeeOther:

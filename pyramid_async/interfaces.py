@@ -163,7 +163,8 @@ class IScheduler(Interface):
 
         The new job has the owner, options and arguments of the failed one, begins with the
         first of its attempts, and goes on from the last checkpoint.  The failed job stays
-        what it is.  Asked again for the same job it returns the same sid.
+        what it is.  Asked again for the same job it returns the same sid.  What has noted the
+        old sid does not learn of the new one, unless the function writes its own.
 
         Raises JobNotFound, and `NotRetriable` for a job that has not failed, or whose key
         another unfinished job has.
@@ -171,6 +172,13 @@ class IScheduler(Interface):
 
     def status(sid: str) -> Any:
         """Return the job's `~pyramid_async.jobs.JobStatus`, or None for an unknown job."""
+
+    def outcome(sid: str) -> Any:
+        """Return (`~pyramid_async.jobs.JobStatus`, value), or None for an unknown job.
+
+        For pages that show a result: it is left where it is.  The value is None unless the job
+        was successful.
+        """
 
     def jobs(status: Any = None) -> Any:
         """Return the statuses of the user's own jobs, newest first (*status*: a name or several).

@@ -467,13 +467,6 @@ def test_forms_without_their_token_are_refused(client):
     assert not client.get(client.url_of(page)).json["done"]
 
 
-def test_last_jobs_are_listed_for_their_browser_alone(client):
-    client.finished(client.press(client.get("/"), "/start/fail"))
-    assert "Fail with a reason failed" in text_of(client.get("/"))
-    client.reset()
-    assert "Your last jobs" not in text_of(client.get("/"))
-
-
 @pytest.mark.parametrize(
     "address",
     ["/nothing", "/jobs/unknown", "/datasets/unknown", "/jobs/%00", "/datasets/%F0%9F%92%A9"],

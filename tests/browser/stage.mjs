@@ -44,7 +44,7 @@ export class Server {
   }
 
   static async started(settings = {}) {
-    const server = new Server(settings);
+    const server = new this(settings);
     [server.port, server.second] = [await freePort(), await freePort()];
     server.configure();
     await server.start();
@@ -75,7 +75,7 @@ export class Server {
     };
     const lines = Object.entries(own).map(([name, value]) => `${name} = ${value}\n`);
     const ini = readFileSync(join(CHECKOUT, "development.ini"), "utf-8")
-      .replace(/^async\.wait_slots.*\n/m, (line) => ("async.wait_slots" in own ? "" : line))
+      .replace(/^([\w.]+) = .*\n/gm, (line, name) => (name in own ? "" : line))
       .replace(/^threads = .*/m, `threads = ${threads}`)
       .replace(/^listen = .*http_port.*/m, `listen = 127.0.0.1:${this.port} 127.0.0.1:${this.second}`)
       .replace("\n[server:main]", `${lines.join("")}\n[server:main]`);

@@ -1,0 +1,52 @@
+// Keeps the list of jobs as the server has it: asks its list resource, and renders nothing itself.
+
+const SECONDS = 5;
+const list = document.getElementById("jobs");
+const announcement = document.getElementById("announcement");
+let busy = false;
+
+addEventListener("jobdone", () => refresh());
+addEventListener("visibilitychange", () => document.hidden || look());
+setInterval(() => document.hidden || look(), SECONDS * 1000);
+
+/** Ask for the list; the elements on the page follow their own jobs. */
+async function look() {
+  const response = await fetch(list.dataset.url).catch(() => null);
+  if (!response?.ok) return;
+  const { jobs } = await response.json();
+  const there = jobs.map((job) => `job-${job.jobID} ${job.done}`);
+  const here = [...list.children].map((item) => `${item.id} ${item.dataset.done}`);
+  // The timeline grows while something runs.
+  if (there.join() !== here.join() || jobs.some((job) => !job.done)) await refresh();
+}
+
+/** Take what changed from the page as the server renders it now. */
+async function refresh() {
+  if (busy) return;
+  busy = true;
+  try {
+    const response = await fetch(location.href);
+    if (response.ok) update(new DOMParser().parseFromString(await response.text(), "text/html"));
+  } catch {
+    // The network is away; the next look comes.
+  } finally {
+    busy = false;
+  }
+}
+
+function update(page) {
+  const fresh = [...page.getElementById("jobs").children];
+  const ids = new Set(fresh.map((item) => item.id));
+  for (const item of [...list.children]) if (!ids.has(item.id)) item.remove();
+  list.prepend(...fresh.filter((item) => !document.getElementById(item.id)));
+  for (const item of fresh) replace(document.getElementById(item.id), item);
+  for (const id of ["timeline", "empty"]) document.getElementById(id).replaceWith(page.getElementById(id));
+}
+
+function replace(old, item) {
+  if (old === item || old.dataset.done === item.dataset.done) return;
+  const focused = old.contains(document.activeElement);
+  old.replaceWith(item);
+  if (focused) item.focus();
+  announcement.textContent = item.querySelector(".row").innerText;
+}
