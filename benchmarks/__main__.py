@@ -11,7 +11,16 @@ import time
 from importlib import import_module
 from importlib.metadata import version
 
-MEASUREMENTS = ("throughput", "memory", "polls", "conflicts", "bytes", "recovery", "operating")
+MEASUREMENTS = (
+    "throughput",
+    "memory",
+    "polls",
+    "conflicts",
+    "bytes",
+    "recovery",
+    "operating",
+    "peers",
+)
 PACKAGES = ("transaction", "ZODB", "pyramid", "waitress")
 
 

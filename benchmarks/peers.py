@@ -1,0 +1,481 @@
+"""This library over Celery against other queues, on the same work: latency and rate.
+
+A request commits a change in the ZODB and schedules a job that commits another one; it is done
+when another connection sees the job's change.  ZEO holds the ZODB; each contestant has two worker
+processes with one job at a time each.  `python -m benchmarks.peers NAME` is such a worker.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
+from importlib import import_module
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+import transaction
+import ZODB.config
+from persistent import Persistent
+from persistent.list import PersistentList
+from pyramid.config import Configurator
+from pyramid.request import Request
+from pyramid.response import Response
+
+from .rounds import Ratio, interleaved, print_ratio
+
+AMQP = "amqp://guest:guest@127.0.0.1:5672/%2F"
+REDIS = "redis://127.0.0.1:6379/0"
+POSTGRESQL = "host=127.0.0.1 dbname=test"
+SERVICES = {"RabbitMQ": 5672, "Redis": 6379, "PostgreSQL": 5432}
+
+REQUESTS = 2  # threads that send requests
+LOOK = 0.001  # seconds between two looks for a job's change
+PATIENCE = 20.0
+NAME = "PEERS_NAME"  # of queues and databases, in the environment of workers
+PLACE = "PEERS_DIRECTORY"
+
+ZODB_CONF = """%import ZEO
+<zodb>
+  pool-size 10
+  <clientstorage>
+    server 127.0.0.1:{port}
+    server-sync true
+  </clientstorage>
+</zodb>
+"""
+INI = """[app:main]
+use = call:benchmarks.peers:application
+contestant = ours
+zodbconn.uri = zconfig://{directory}/zodb.conf
+tm.manager_hook = pyramid_tm.explicit_manager
+async.executor = celery
+async.celery.broker = {broker}
+async.celery.queue = {queue}
+[loggers]
+keys = root
+[handlers]
+keys = console
+[formatters]
+keys =
+[logger_root]
+level = WARNING
+handlers = console
+[handler_console]
+class = StreamHandler
+args = (sys.stderr,)
+"""
+
+
+class Slot(Persistent):
+    """What one request and its job change; no two jobs share one, so nothing conflicts."""
+
+    requested = done = ""
+
+
+def main(quick: bool) -> None:
+    present = {name: peer for name, peer in PEERS.items() if can_run(name, peer)}
+    count, rounds = (30, 2) if quick else (300, 7)
+    with surroundings(count) as site, ExitStack() as stack:
+        ready = {
+            name: stack.enter_context(peer.running(site, name)) for name, peer in present.items()
+        }
+        print(f"{count} jobs, {rounds} rounds: median jobs/s; median latency of single jobs, ms")
+        measures = {name: partial(pace, site, app, count) for name, app in ready.items()}
+        measured = interleaved(measures, rounds)
+    for name, paces in measured.items():
+        rate, latency = (median(values) for values in zip(*paces, strict=True))
+        print(f"  {name:12} {rate:7,.0f} jobs/s {latency * 1000:8.1f} ms")
+    rates = {name: [p.rate for p in paces] for name, paces in measured.items()}
+    for name in [*present][1:]:
+        print_ratio(rates, Ratio("ours", name, 0.9))
+    print("Latency, the greater the slower:")
+    latencies = {name: [p.latency for p in paces] for name, paces in measured.items()}
+    for name in [*present][1:]:
+        print_ratio(latencies, Ratio("ours", name))
+
+
+# -- what is measured ------------------------------------------------------------------
+
+
+class Pace(NamedTuple):
+    rate: float  # jobs per second
+    latency: float  # seconds from a request to the change of its job, nothing else to do
+
+
+class Site(NamedTuple):
+    directory: str
+    name: str
+    connection: Any  # that looks for the jobs' changes
+
+
+def pace(site: Site, app: Any, count: int) -> Pace:
+    many(site, app, min(count, 20))  # warm
+    latency = median(many(site, app, 1) for _ in range(min(count, 20)))
+    return Pace(count / many(site, app, count), latency)
+
+
+def many(site: Site, app: Any, count: int) -> float:
+    """Send requests; return the seconds until the changes of all their jobs are visible."""
+    token = uuid4().hex
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(REQUESTS) as threads:
+        list(threads.map(partial(send, app, token), range(count)))
+    deadline = begun + PATIENCE
+    for number in reversed(range(count)):
+        while not done(site.connection, number, token):
+            if time.perf_counter() > deadline:
+                raise TimeoutError(f"job {number} of {count} is not done after {PATIENCE:g} s")
+            time.sleep(LOOK)
+    return time.perf_counter() - begun
+
+
+def send(app: Any, token: str, number: int) -> None:
+    answer = Request.blank(f"/start?number={number}&token={token}").get_response(app)
+    if answer.status_int != 200:
+        raise RuntimeError(f"the request was answered with {answer.status}")
+
+
+def done(connection: Any, number: int, token: str) -> bool:
+    with connection.transaction_manager:
+        return bool(connection.root()["slots"][number].done == token)
+
+
+# -- the application -------------------------------------------------------------------
+
+
+def application(global_config: Any, contestant: str, **settings: Any) -> Any:
+    """The Pyramid application of all contestants; they differ in how a job is scheduled."""
+    with Configurator(settings=settings) as config:
+        config.include("pyramid_tm")
+        config.include("pyramid_retry")
+        config.include("pyramid_zodbconn")
+        if contestant == "ours":
+            config.include("pyramid_async")
+        config.registry.schedule = PEERS[contestant].schedule
+        config.add_route("start", "/start")
+        config.add_view(start, route_name="start")
+        return config.make_wsgi_app()
+
+
+def start(request: Any) -> Response:
+    from pyramid_zodbconn import get_connection
+
+    number, token = int(request.params["number"]), request.params["token"]
+    slot = get_connection(request).root()["slots"][number]
+    slot.requested = token
+    request.registry.schedule(request, slot, number, token)
+    return Response("scheduled")
+
+
+def fulfil(slot: Slot, token: str) -> None:
+    """What all jobs do: this library's have a transaction already."""
+    slot.done = token
+
+
+def work(number: int, token: str) -> None:
+    """The job of the others: the same in a transaction of its own, with the process's ZODB."""
+    with database().transaction() as connection:
+        fulfil(connection.root()["slots"][number], token)
+
+
+@cache
+def database() -> Any:
+    return ZODB.config.databaseFromURL(str(Path(os.environ[PLACE], "zodb.conf")))
+
+
+def after_commit(request: Any, call: Callable[[int, str], Any], number: int, token: str) -> None:
+    request.tm.get().addAfterCommitHook(lambda ok: ok and call(number, token))
+
+
+def schedule_ours(request: Any, slot: Slot, number: int, token: str) -> None:
+    request.scheduler.schedule(fulfil, slot, token)
+
+
+def after_commit_of(enqueue: Callable[[], Callable[[int, str], Any]]) -> Callable[..., None]:
+    def schedule(request: Any, slot: Slot, number: int, token: str) -> None:
+        after_commit(request, enqueue(), number, token)
+
+    return schedule
+
+
+# -- the contestants: how each is fed, and what its worker is -----------------------------
+
+
+@cache
+def celery_task() -> Any:
+    from celery import Celery
+
+    app = Celery("peers", broker=AMQP, set_as_current=False)
+    app.conf.update(
+        task_default_queue=os.environ[NAME] + "-celery",
+        task_ignore_result=True,
+        broker_connection_retry_on_startup=True,
+    )
+    return app.task(name="peers.work")(work)
+
+
+def work_celery() -> None:
+    app = celery_task().app
+    app.worker_main(["worker", "-c2", "--without-gossip", "--without-mingle", "-lWARNING"])
+
+
+@cache
+def dramatiq_actor() -> Any:
+    import dramatiq
+    from dramatiq.brokers.rabbitmq import RabbitmqBroker
+
+    broker = RabbitmqBroker(url=AMQP)
+    dramatiq.set_broker(broker)
+    queue = os.environ[NAME] + "-dramatiq"
+    return dramatiq.actor(work, broker=broker, queue_name=queue, actor_name="work")
+
+
+def dramatiq_broker() -> Any:
+    """For the program of Dramatiq, which calls it in each worker process."""
+    return dramatiq_actor().broker
+
+
+def work_dramatiq() -> None:
+    from dramatiq.cli import main, make_argument_parser
+
+    sys.exit(
+        main(
+            make_argument_parser().parse_args(
+                ["benchmarks.peers:dramatiq_broker", "-p2", "-t1", "--skip-logging"]
+            )
+        )
+    )
+
+
+@cache
+def rq_queue() -> Any:
+    from redis import Redis
+    from rq import Queue
+
+    return Queue(os.environ[NAME], connection=Redis.from_url(REDIS))
+
+
+def work_rq() -> None:
+    # The other worker forks for each job: each would open the ZODB anew.
+    from rq import SimpleWorker
+
+    SimpleWorker([rq_queue()], connection=rq_queue().connection).work(logging_level="WARNING")
+
+
+@cache
+def procrastinate_task(connector: str) -> Any:
+    """The task and its application, open where it is only fed."""
+    import procrastinate
+
+    conninfo = POSTGRESQL.replace("dbname=test", f"dbname={os.environ[NAME]}")
+    app = procrastinate.App(connector=getattr(procrastinate, connector)(conninfo=conninfo))
+    return app, app.task(work, name="peers.work")
+
+
+@cache
+def procrastinate_defer() -> Callable[[int, str], Any]:
+    app, task = procrastinate_task("SyncPsycopgConnector")
+    app.open()
+    return lambda number, token: task.defer(number=number, token=token)
+
+
+def work_procrastinate() -> None:
+    procrastinate_task("PsycopgConnector")[0].run_worker(concurrency=1)
+
+
+class Peer(NamedTuple):
+    schedule: Callable[..., None]
+    package: str
+    service: str
+    worker: Callable[[], None] | None
+    processes: int  # to start; those of Celery and Dramatiq make two by themselves
+
+    @contextmanager
+    def running(self, site: Site, name: str) -> Iterator[Any]:
+        """Workers that run, and the application that feeds them."""
+        with ExitStack() as stack:
+            if name == "procrastinate":
+                stack.enter_context(procrastinate_database(site.name))
+            stack.callback(remove_queues, name, site.name)
+            for _ in range(self.processes):
+                stack.enter_context(program(site, *self.command(site, name)))
+            yield stack.enter_context(serving(site, name))
+
+    def command(self, site: Site, name: str) -> list[str]:
+        if self.worker is not None:
+            return ["-m", "benchmarks.peers", name]
+        options = "worker -c2 --without-gossip --without-mingle -lWARNING --ini"
+        ini = str(Path(site.directory, "ours.ini"))
+        return ["-m", "celery", "-A", "pyramid_async.celery", *options.split(), ini]
+
+
+PEERS = {
+    "ours": Peer(schedule_ours, "celery", "RabbitMQ", None, 1),
+    "celery": Peer(
+        after_commit_of(lambda: celery_task().delay), "celery", "RabbitMQ", work_celery, 1
+    ),
+    "dramatiq": Peer(
+        after_commit_of(lambda: dramatiq_actor().send), "dramatiq", "RabbitMQ", work_dramatiq, 1
+    ),
+    "rq": Peer(
+        after_commit_of(lambda: partial(rq_queue().enqueue, work)), "rq", "Redis", work_rq, 2
+    ),
+    "procrastinate": Peer(
+        after_commit_of(lambda: procrastinate_defer()),
+        "procrastinate",
+        "PostgreSQL",
+        work_procrastinate,
+        2,
+    ),
+}
+
+
+def can_run(name: str, peer: Peer) -> bool:
+    """Say what is missing, if anything is."""
+    try:
+        import_module(peer.package)
+    except ImportError as error:
+        print(f"  {name}: left out, {error}; pip install -e '.[bench]'")
+        return False
+    if not listens(SERVICES[peer.service]):
+        print(f"  {name}: left out, no {peer.service} on port {SERVICES[peer.service]}")
+        return False
+    return True
+
+
+# -- servers ---------------------------------------------------------------------------
+
+
+@contextmanager
+def surroundings(count: int) -> Iterator[Site]:
+    """A ZEO server with slots, and the files that name it."""
+    with TemporaryDirectory() as directory, ExitStack() as stack:
+        name = "peers" + uuid4().hex[:8]
+        os.environ[NAME], os.environ[PLACE] = name, directory
+        port = unused_port()
+        Path(directory, "zodb.conf").write_text(ZODB_CONF.format(port=port))
+        Path(directory, "ours.ini").write_text(
+            INI.format(directory=directory, broker=AMQP.replace("%", "%%"), queue=f"{name}-ours")
+        )
+        file = str(Path(directory, "data.fs"))
+        server = ["-m", "ZEO.runzeo", "-a", f"127.0.0.1:{port}", "-f", file]
+        stack.enter_context(program(Site(directory, name, None), *server))
+        wait_until(lambda: listens(port), "ZEO")
+        db = database()
+        stack.callback(database.cache_clear)
+        stack.callback(db.close)
+        with db.transaction() as connection:
+            connection.root()["slots"] = PersistentList(Slot() for _ in range(count))
+        connection = db.open(transaction.TransactionManager())
+        stack.callback(connection.close)
+        stack.callback(connection.transaction_manager.abort)
+        yield Site(directory, name, connection)
+
+
+@contextmanager
+def program(site: Site, *arguments: str) -> Iterator[None]:
+    log = Path(site.directory, "log")
+    with log.open("a") as file:
+        process = subprocess.Popen([sys.executable, *arguments], stdout=file, stderr=file)
+    try:
+        yield
+    except TimeoutError:
+        print(log.read_text()[-3000:], file=sys.stderr)
+        raise
+    finally:
+        process.terminate()
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def serving(site: Site, name: str) -> Iterator[Any]:
+    from pyramid.paster import get_appsettings
+
+    settings = get_appsettings(str(Path(site.directory, "ours.ini")))
+    app = application({}, **{**settings, "contestant": name})
+    try:
+        yield app
+    finally:
+        if name == "ours":
+            from pyramid_async.interfaces import IScheduler
+
+            app.registry.getUtility(IScheduler).executor.stop(PATIENCE)
+        for db in app.registry._zodb_databases.values():
+            db.close()
+
+
+@contextmanager
+def procrastinate_database(name: str) -> Iterator[None]:
+    import psycopg
+    from psycopg import sql
+
+    def run(command: str) -> None:
+        with psycopg.connect(POSTGRESQL, autocommit=True) as connection:
+            connection.execute(sql.SQL(command).format(sql.Identifier(name)))
+
+    run("CREATE DATABASE {}")
+    try:
+        import procrastinate
+
+        conninfo = POSTGRESQL.replace("dbname=test", f"dbname={name}")
+        app = procrastinate.App(connector=procrastinate.SyncPsycopgConnector(conninfo=conninfo))
+        with app.open():
+            app.schema_manager.apply_schema()
+        yield
+    finally:
+        run("DROP DATABASE {} WITH (FORCE)")
+
+
+def remove_queues(name: str, prefix: str) -> None:
+    if name == "procrastinate" and procrastinate_defer.cache_info().currsize:
+        procrastinate_task("SyncPsycopgConnector")[0].close()
+    elif name == "rq":
+        queue = rq_queue()
+        for sid in queue.finished_job_registry.get_job_ids():
+            queue.finished_job_registry.remove(sid, delete_job=True)
+        queue.delete(delete_jobs=True)
+    elif name in {"ours", "celery", "dramatiq"}:
+        from kombu import Connection
+
+        with Connection(AMQP) as connection:
+            for suffix in ("", ".DQ", ".XQ"):
+                connection.default_channel.queue_delete(f"{prefix}-{name}{suffix}")
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} does not answer after {PATIENCE:g} s")
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    # Under its own name: tasks are named by the module that has them.
+    peers = import_module("benchmarks.peers")
+    peers.PEERS[sys.argv[1]].worker()
