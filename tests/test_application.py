@@ -878,9 +878,9 @@ def directory(tmp_path_factory):
     directory.kill()
 
 
-def requests_reach(workers, directory):
+def requests_reach(workers, directory, status=200):
     """Make 64 requests at once; return True when so many processes have served some."""
-    assert at_once(directory.get, 64) == [200] * 64
+    assert at_once(directory.get, 64) == [status] * 64
     return len(directory.serving()) == workers
 
 
@@ -1079,73 +1079,8 @@ def test_celery_worker_has_one_application_in_each_pool_process_and_closes_it(
 
 # -- a real application --------------------------------------------------------------------
 
-KENNEL = """
-import os
-from eventsourcing.application import Application
-from eventsourcing.domain import Aggregate, event
-from pyramid.config import Configurator
-from pyramid.response import Response
-from pyramid_async import current_job
-
-class Dog(Aggregate):
-    @event("Registered")
-    def __init__(self, name):
-        self.name, self.tricks = name, []
-
-    @event("TrickAdded")
-    def learn(self, trick):
-        self.tricks.append(trick)
-
-class Kennel(Application):
-    def __init__(self, **kw):
-        super().__init__(**kw)
-        log("made")
-
-    def register(self, name):
-        dog = Dog(name)
-        self.save(dog)
-        return dog.id
-
-    def teach(self, dog_id, trick):
-        dog = self.repository.get(dog_id)
-        dog.learn(trick)
-        self.save(dog)
-
-    def close(self):
-        # Its finalizer closes it once more.
-        if not self.closing.is_set():
-            log("closed")
-        super().close()
-
-def log(event):
-    with open("log", "a") as file:
-        file.write(f"{event} {os.getpid()}\\n")
-
-def kennel(registry):
-    return Kennel(env={
-        "PERSISTENCE_MODULE": "eventsourcing.sqlite",
-        "SQLITE_DBNAME": "kennel.sqlite",
-        "SQLITE_LOCK_TIMEOUT": "20",
-    })
-
-def register(request):
-    dog_id = request.kennel.register("Fido")
-    request.scheduler.schedule(teach, dog_id)
-    log("served")
-    return Response()
-
-def teach(dog_id):
-    current_job().request.kennel.teach(dog_id, "sit")
-    log("taught")
-
-with Configurator() as config:
-    config.include("pyramid_async")
-    config.add_application(kennel, name="kennel")
-    config.add_route("home", "/")
-    config.add_view(register, route_name="home")
-app = config.make_wsgi_app()
-log("ready")
-"""
+# The example of the documents.
+KENNEL = (ROOT / "docs" / "examples" / "kennel.py").read_text("utf-8")
 
 KENNEL_TASKS = (
     TASKS[: TASKS.index("@celery.task")]
@@ -1184,7 +1119,7 @@ def test_eventsourcing_application_stores_each_event_once_from_views_jobs_and_ce
     (directory.path / "tasks.py").write_text(KENNEL_TASKS)
     directory.start(f"{GUNICORN} --threads 16 --preload")
     wait_for((directory.path / "socket").exists, 20)
-    wait_for(lambda: requests_reach(2, directory), 20)
+    wait_for(lambda: requests_reach(2, directory, 202), 20)
     wait_for(lambda: len(directory.pids("taught")) == len(directory.pids("served")), 20)
     assert (
         sorted(directory.pids("made")) == directory.serving() == sorted({*directory.pids("taught")})
