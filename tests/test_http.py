@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from uuid import uuid4
 
-import jsonschema
 import pytest
 import webapp
 import ZODB
@@ -36,6 +35,7 @@ from webapp import (
     repeat,
     special,
     tell,
+    validate,
 )
 
 from pyramid_async.documents import to_json
@@ -47,12 +47,16 @@ RESULTS = "http://www.opengis.net/def/rel/ogc/1.0/results"
 LISTED = {"Origin": ORIGIN}
 
 # statusInfo of OGC API - Processes 1.0, and what the README promises beyond it.
-DATE_TIME = {"type": "string", "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$"}
+DATE_TIME = {
+    "type": "string",
+    "format": "date-time",
+    "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$",
+}
 LINK = {
     "type": "object",
     "required": ["href", "rel", "type"],
     "properties": {
-        "href": {"type": "string", "pattern": "^http://localhost/"},
+        "href": {"type": "string", "format": "uri", "pattern": "^http://localhost/"},
         "rel": {"enum": ["self", "monitor", RESULTS]},
         "type": {"type": "string"},
     },
@@ -61,7 +65,7 @@ PROBLEM = {
     "type": "object",
     "required": ["type", "title", "status"],
     "properties": {
-        "type": {"type": "string"},
+        "type": {"type": "string", "format": "uri-reference"},
         "title": {"type": "string"},
         "status": {"type": "integer"},
         "detail": {"type": "string"},
@@ -117,7 +121,7 @@ def at_gate():
 
 
 def valid(document):
-    jsonschema.validate(document, STATUS_INFO)
+    validate(document, STATUS_INFO)
     rels = [link["rel"] for link in document["links"]]
     done = document["status"] not in {"accepted", "running"}
     assert document["done"] is done
@@ -133,7 +137,7 @@ def valid(document):
 
 def is_problem(response, type="about:blank"):
     assert response.content_type == "application/problem+json"
-    jsonschema.validate(response.json, PROBLEM)
+    validate(response.json, PROBLEM)
     assert response.json["status"] == response.status_code
     assert response.json["type"] == type
     return response.json

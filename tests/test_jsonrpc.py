@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from uuid import uuid4
 
-import jsonschema
 import pytest
 from pyramid.csrf import CookieCSRFStoragePolicy
 from test_http import STATUS_INFO
@@ -25,6 +24,7 @@ from webapp import (
     make_file,
     nested,
     special,
+    validate,
 )
 
 from pyramid_async.scheduler import Scheduler
@@ -98,7 +98,7 @@ def call(web, method, *args, user=None, **kw):
 
 def value_of(web, document):
     """Return the value of a job that an answer told of."""
-    jsonschema.validate(document, STATUS_INFO)
+    validate(document, STATUS_INFO)
     return web.done(document["links"][0]["href"])["result"]
 
 
@@ -387,7 +387,7 @@ def test_status_is_the_document_in_every_state(web, at_gate):
     document = call(web, "async.status", failed["jobID"])
     assert document["status"] == "failed"
     assert "secret" not in json.dumps(document)
-    jsonschema.validate(document, STATUS_INFO)
+    validate(document, STATUS_INFO)
 
 
 def test_result_is_the_bare_value(web):

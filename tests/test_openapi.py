@@ -17,7 +17,7 @@ import pytest
 import waitress.server
 import webapp
 from waitress import wasyncore
-from webapp import GATES, as_user, behind_gate, browser, echo, fail, gate, make_file, tell
+from webapp import GATES, as_user, behind_gate, browser, echo, fail, gate, make_file, tell, validate
 
 from pyramid_async.openapi import OPERATIONS
 from pyramid_async.resources import resources
@@ -132,21 +132,37 @@ def schema(web, name):
     return {"$ref": f"#/components/schemas/{name}", "components": whole["components"]}
 
 
+@pytest.mark.parametrize(
+    ("name", "member", "value"),
+    [
+        ("statusInfo", "created", "2026-13-01T00:00:00Z"),
+        ("statusInfo", "links", [{"href": "not a URI", "rel": "self", "type": "text/plain"}]),
+        ("problem", "type", "a b"),
+    ],
+)
+def test_formats_are_checked(web, name, member, value):
+    _, last = web.finished(echo, "x", user="alice")
+    good = last if name == "statusInfo" else web.get("/async/x", status=404).json
+    validate(good, schema(web, name))
+    with pytest.raises(jsonschema.ValidationError):
+        validate({**good, member: value}, schema(web, name))
+
+
 def test_documents_and_problems_are_valid_in_every_state(web):
     described = schema(web, "statusInfo")
     for job in (echo, fail, make_file):
         url, last = web.finished(job, "x", user="alice")
-        jsonschema.validate(last, described)
+        validate(last, described)
         results = web.get(url + "/results", headers=as_user("alice"), status="*")
         if results.status_code >= 400:
-            jsonschema.validate(results.json, schema(web, "problem"))
+            validate(results.json, schema(web, "problem"))
     with gate() as name:
         url = web.url(behind_gate, name, user="alice", title="A title")
-        jsonschema.validate(web.get(url, headers=as_user("alice")).json, described)
-        jsonschema.validate(web.delete(url, headers=as_user("alice")).json, described)
+        validate(web.get(url, headers=as_user("alice")).json, described)
+        validate(web.delete(url, headers=as_user("alice")).json, described)
     page = web.get("/async?limit=2", headers=as_user("alice")).json
-    jsonschema.validate(page, schema(web, "jobs"))
-    jsonschema.validate(web.get("/async/x", status=404).json, schema(web, "problem"))
+    validate(page, schema(web, "jobs"))
+    validate(web.get("/async/x", status=404).json, schema(web, "problem"))
 
 
 # -- a live server -----------------------------------------------------------------------

@@ -6,6 +6,7 @@ import threading
 from contextlib import contextmanager
 from uuid import uuid4
 
+import jsonschema
 import transaction
 from pyramid.authorization import Allow, Everyone
 from pyramid.config import Configurator
@@ -21,6 +22,11 @@ from pyramid_async.interfaces import IScheduler
 ORIGIN = "https://app.example.org"
 HOST = "http://localhost"
 PATIENCE = 20.0  # seconds after which a gate opens by itself: no test may wait so long
+
+
+def validate(document, schema):
+    """Hold a document against a schema, with its formats: dates, URIs."""
+    jsonschema.validate(document, schema, format_checker=jsonschema.FormatChecker())
 
 
 # -- gates: a job waits at its gate, a test waits for the job to reach it ------------------
