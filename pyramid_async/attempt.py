@@ -117,7 +117,7 @@ class Attempt:
         """
         try:
             record = self._begin()
-            if record is None or not record.belongs_to(self.store.process, self.job.signature):
+            if record is None or not record.belongs_to(self.job.holder, self.job.signature):
                 raise NotOurs(record)
             if record.run_after is not None and record.run_after > self.store.clock():
                 raise NotDue(record.run_after)
@@ -165,6 +165,7 @@ class Attempt:
 
     def _set_up(self, job: Job, record: JobRecord, table: Any) -> None:
         job.attempt = record.attempts + (record.status == ACCEPTED)
+        job.revision = record.revision
         job.cursor = None if record.cursor is None else self.store.unpack(record.cursor, table)
         job.commit_checkpoint = self._checkpoint
         if not job.begun:
@@ -183,10 +184,10 @@ class Attempt:
         The function may have ended the transaction, so what the record says now counts.
         """
         job, record = self.job, self._read()
-        if record is None or not record.belongs_to(self.store.process, job.signature):
+        if record is None or not record.belongs_to(job.holder, job.signature):
             raise JobDismissed(f"job {job.sid!r} was dismissed or is another worker's")
         if record.status == ACCEPTED:
-            # It waited in our own queue and needed no claim until something is written.
+            # Nobody claimed it, and nobody needed to until something is written.
             record.claim(self.store.process, job.signature, job.started)
         return record
 

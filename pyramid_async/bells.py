@@ -14,14 +14,16 @@ from celery import Celery
 
 log = logging.getLogger(__name__)
 
-# The one task that a message can name.
+# The tasks that a message can name: whoever answers the first may run the job at once, for nobody
+# else has heard of it; whoever answers the second claims it first.
 BELL = "pyramid_async.bell"
+AGAIN = "pyramid_async.again"
 
 # Longest time that publishing may wait for a broker, seconds.
 BROKER_TIMEOUT = 1.0
 
 # Seconds after which a process rings again for a job that nobody began.
-AGAIN = 30.0
+PAUSE = 30.0
 
 # Seconds that a job may be passed over because other bells still wait in its queue.
 PASSED_OVER = 300.0
@@ -51,16 +53,17 @@ app.conf.update(
 def leave_the_bell_alone(**_: Any) -> None:
     """Take out Celery's own tasks, which whoever can write to the broker could call."""
     for name in list(app.tasks):
-        if name != BELL:
+        if name not in (BELL, AGAIN):
             app.tasks.unregister(name)
 
 
 class Ring(NamedTuple):
-    """One message to be sent; *again* when another may still wait in the queue."""
+    """One message to be sent: the id of a job, the queue and the task."""
 
     sid: str
     queue: str
-    again: bool
+    bell: str
+    unless_others_wait: bool  # in the queue, the job's own among them perhaps
 
 
 class Bells:
@@ -89,12 +92,19 @@ class Bells:
 
     def rung(self, sid: str) -> bool:
         """Say whether we rang for the job a moment ago."""
-        return time.monotonic() - self._rung.get(sid, -AGAIN) < AGAIN
+        return time.monotonic() - self._rung.get(sid, -PAUSE) < PAUSE
 
-    def ring(self, sid: str, queue_name: str | None, again: bool = False) -> None:
+    def ring(
+        self,
+        sid: str,
+        queue_name: str | None,
+        bell: str = BELL,
+        unless_others_wait: bool = False,
+    ) -> None:
         """Have a message sent; never wait."""
+        ring = Ring(sid, queue_name or self.default_queue, bell, unless_others_wait)
         try:
-            self._waiting.put_nowait(Ring(sid, queue_name or self.default_queue, again))
+            self._waiting.put_nowait(ring)
         except queue.Full:
             return  # recovery rings later
         self._note(sid)
@@ -145,15 +155,16 @@ class Bells:
             if not used_before:
                 raise
             # A broker that was restarted, or a firewall, had closed it: no reason to drop a bell.
-            self._send(ring)
+            # It may have got it for all that.
+            self._send(ring._replace(bell=AGAIN))
 
     def _send(self, ring: Ring) -> None:
-        if ring.again and self._others_wait(ring):
+        if ring.unless_others_wait and self._others_wait(ring):
             self._rung.pop(ring.sid, None)
             return
         self._passed_over.pop(ring.sid, None)
         app.send_task(
-            BELL,
+            ring.bell,
             (ring.sid,),
             queue=ring.queue,
             connection=self._connected(),

@@ -32,7 +32,7 @@ from pyramid.paster import get_app, get_appsettings, setup_logging
 from zope.interface import implementer
 
 from .application import close_applications
-from .bells import BELL, Bells, app
+from .bells import AGAIN, BELL, Bells, app
 from .interfaces import IExecutor, IExecutorFactory, IScheduler
 from .prefork import Signals
 from .settings import read_settings
@@ -121,11 +121,11 @@ class CeleryExecutor:
         """See IExecutor: free the record of a lost job, and ring for it."""
         if seen is None:
             if not self.bells.rung(sid):
-                self._ring(sid, queue, again=True)
-            return
-        if seen:
-            self.worker.free(sid, seen)
-        self._ring(sid, queue or self._queue_of(sid))
+                self._ring(sid, queue, AGAIN, unless_others_wait=True)
+        elif not seen:
+            self._ring(sid, queue or self._queue_of(sid))
+        elif self.worker.free(sid, seen):
+            self._ring(sid, queue, AGAIN)
 
     def _queue_of(self, sid: str) -> str | None:
         def read(table: Any) -> str | None:
@@ -136,38 +136,39 @@ class CeleryExecutor:
         name: str | None = transact(self.worker.store, read)
         return name
 
-    def _ring(self, sid: str, queue: str | None, again: bool = False) -> None:
+    def _ring(
+        self, sid: str, queue: str | None, bell: str = BELL, unless_others_wait: bool = False
+    ) -> None:
         if self._pid != os.getpid():
             self.start()
-        self.bells.ring(sid, queue, again)
+        self.bells.ring(sid, queue, bell, unless_others_wait)
 
     def room(self) -> int:
         """See IExecutor."""
         return self.bells.room()
 
-    def answer(self, sid: str) -> None:
-        """Run a job that a bell announced, unless somebody has it.  Called by Celery."""
-        if not self._takes_jobs() or not self._exists(sid):
+    def answer(self, sid: str, again: bool) -> None:
+        """Run a job that a bell announced, unless somebody has it.  Called by Celery.
+
+        *again*: somebody may have begun it, so it is claimed first.
+        """
+        if not isinstance(sid, str) or not SID.fullmatch(sid):
+            log.warning("a bell for %.60r, which is no job's id", sid)
             return
+        pause, deadline = 0.005, time.monotonic() + RECORD_TIMEOUT
+        while self._takes_jobs() and not self._run(sid, again):
+            if time.monotonic() + pause > deadline:
+                log.info("no job %r for a bell: removed, expired or forged", sid)
+                return
+            time.sleep(pause)
+            pause *= 2
+
+    def _run(self, sid: str, again: bool) -> bool:
         with signals_of_celery.during(self.worker, sid):
-            self.worker.answer(sid)
+            return self.worker.run(sid, None if again else "")
 
     def _takes_jobs(self) -> bool:
         return not (self.suspended or self.ends or self.stopped.is_set())
-
-    def _exists(self, sid: Any) -> bool:
-        """Say whether there is such a job, once the storage had the time to show it."""
-        if not isinstance(sid, str) or not SID.fullmatch(sid):
-            log.warning("a bell for %.60r, which is no job's id", sid)
-            return False
-        pause, deadline = 0.005, time.monotonic() + RECORD_TIMEOUT
-        while transact(self.worker.store, lambda table: table.get(sid)) is None:
-            if time.monotonic() + pause > deadline:
-                log.info("no job %r for a bell: removed, expired or forged", sid)
-                return False
-            time.sleep(pause)
-            pause *= 2
-        return True
 
     def stop(self, timeout: float | None = None) -> None:
         """See IExecutor."""
@@ -218,9 +219,9 @@ class Site:
     def failed(self) -> bool:
         return self._failed is not None and self._failed[0] != 0
 
-    def answer(self, sid: str) -> None:
+    def answer(self, sid: str, again: bool) -> None:
         if not self.failed():
-            self.executor().answer(sid)
+            self.executor().answer(sid, again)
 
     def executor(self) -> CeleryExecutor:
         with self._lock:
@@ -267,10 +268,19 @@ class Site:
 site = Site()
 
 
-@app.task(name=BELL, ignore_result=True)
-def bell(sid: str) -> None:
-    """Run the job, if there is one and nobody has it."""
-    site.answer(sid)
+@app.task(name=BELL, ignore_result=True, bind=True)
+def bell(task: Any, sid: str) -> None:
+    """Run the job, if there is one and nobody has it.
+
+    A broker that lost the connection to a worker delivers again what that one may have begun.
+    """
+    site.answer(sid, again=task.request.delivery_info.get("redelivered", False))
+
+
+@app.task(name=AGAIN, ignore_result=True)
+def again(sid: str) -> None:
+    """Claim the job, if there is one and nobody has it, and run it."""
+    site.answer(sid, again=True)
 
 
 def refuse(why: str) -> NoReturn:

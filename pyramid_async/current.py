@@ -30,11 +30,13 @@ class Job:
     attempt = 1
     cursor: Any = None  # of the last checkpoint, also of an earlier attempt
 
-    def __init__(self, sid: str, clock: Any = time.time) -> None:
+    def __init__(self, sid: str, holder: str | None = None, clock: Any = time.time) -> None:
         self.sid = sid
+        self.holder = holder  # from whose queue it is run without a claim: see `belongs_to`
         self.clock = clock
         self.signature = new_id()
         self.begun = False  # the function was called
+        self.revision: int | None = None  # of the record that the attempt read
         self.checkpoints = 0
         self.commit_checkpoint: Callable[[Any], None] | None = None
         self.started = self.changed = clock()
@@ -106,6 +108,7 @@ class Job:
             self.message,
             self.remaining,
             self.signature,
+            self.revision,
         )
 
     def interrupt(self, reason: JobInterrupted) -> None:

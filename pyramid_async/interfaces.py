@@ -317,6 +317,12 @@ class IJobTable(Interface):
     def last_seen(process: str | None) -> str:
         """Describe a process and its last sign of life, for operators."""
 
+    def runner(record: Any) -> str | None:
+        """Return the process that shows that it runs the job, or None.
+
+        Cost: where nobody holds the job, reads the sign of every process.
+        """
+
     def live(record: Any) -> Any:
         """Return what another process showed of the attempt it runs, or None."""
 

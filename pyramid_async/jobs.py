@@ -181,11 +181,14 @@ class JobRecord(Persistent):
         self.revision += 1
         self.updated = now
 
-    def belongs_to(self, process: str, signature: str) -> bool:
-        """Say whether an attempt may run the job: it claimed it, or the job waits in its queue."""
+    def belongs_to(self, holder: str | None, signature: str) -> bool:
+        """Say whether an attempt may run the job: it claimed it, or nobody did.
+
+        Unclaimed it is run from the queue of its *holder*, a process; None: a broker's.
+        """
         if self.status == RUNNING:
             return self.signature == signature
-        return not self.done and self.signature is None and self.holder == process
+        return not self.done and self.signature is None and self.holder == holder
 
     def claim(self, process: str, signature: str, now: float) -> None:
         """Give the job to one attempt; whatever another one does to it from now on conflicts."""
@@ -206,6 +209,9 @@ class JobRecord(Persistent):
     def _open(self, now: float) -> None:
         if self.status == RUNNING:
             self.move(ACCEPTED, now)
+        else:
+            self.revision += 1  # an attempt that claimed nothing may have been seen
+            self.updated = now
         self.holder = self.signature = None
 
     def release(self, now: float) -> None:
@@ -286,6 +292,13 @@ class Live(NamedTuple):
     message: str | None = None
     remaining: float | None = None
     signature: str | None = None
+    revision: int | None = None  # of the record that the attempt read
+
+    def shows(self, record: JobRecord) -> bool:
+        """Say whether this attempt is the one that the record knows, or the first, unclaimed."""
+        if record.signature is None:
+            return self.revision == record.revision
+        return self.signature == record.signature
 
 
 @dataclass(frozen=True)

@@ -281,12 +281,15 @@ def report(inside: Inside, sid: str) -> Report | None:
     """Return what the record of a job tells, or None where there is none."""
     try:
         record = inside.table.get(sid)
-        return None if record is None else described(record, inside.bound.status(sid))
+        if record is None:
+            return None
+        holder = record.holder or inside.table.runner(record)
+        return described(record, inside.bound.status(sid), holder)
     except Exception as error:
         return Report(sid, fault=f"the record cannot be read: {error!r}")
 
 
-def described(record: JobRecord, job: JobStatus) -> Report:
+def described(record: JobRecord, job: JobStatus, holder: str | None) -> Report:
     return Report(
         job.sid,
         job,
@@ -294,7 +297,7 @@ def described(record: JobRecord, job: JobStatus) -> Report:
         queue=record.option("queue"),
         key=record.option("key"),
         run_after=None if job.done else record.run_after,
-        holder=record.holder,
+        holder=holder,
         retried=record.retried,
     )
 
@@ -472,12 +475,13 @@ class Check:
         """Tell of a job that somebody should have by now."""
         if self.inside.scheduler.store.exclusive:
             return None  # whoever opens the storage next takes it up
-        sign = self.signs.get(record.holder)
+        holder = record.holder or self.inside.table.runner(record)
+        sign = self.signs.get(holder)
         moved = max(record.updated, record.run_after or 0.0, sign.at if sign else 0.0)
         if self.inside.now - moved <= 2 * self.lease:
             return None
-        if record.holder is not None:
-            return f"is held by {self.inside.table.last_seen(record.holder)}; nobody took it over"
+        if holder is not None:
+            return f"is held by {self.inside.table.last_seen(holder)}; nobody took it over"
         return None if self.somebody_works() else "waits, and no process shows a sign of life"
 
     def somebody_works(self) -> bool:

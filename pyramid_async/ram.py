@@ -305,6 +305,9 @@ class RamTable:
     def last_seen(self, process: str | None) -> str:
         return f"process {process}"
 
+    def runner(self, record: JobRecord) -> None:
+        """Return None: no other process runs what is in RAM."""
+
     def live(self, record: JobRecord) -> None:
         """Return None: no other process runs what is in RAM."""
 

@@ -20,6 +20,9 @@ from .transactional import transact
 
 log = logging.getLogger(__name__)
 
+# What has run this long is shown to other processes at once, seconds.
+SHOWN_AFTER = 1.0
+
 # A finished record stays this long among the unfinished ones, seconds: a result that is
 # fetched at once never costs the move.
 ARCHIVE_AFTER = 60.0
@@ -75,6 +78,7 @@ class Recovery:
         self._unlisted: dict[str, tuple[str | None, int]] = {}  # in this look
         self._unlisted_before = self._unlisted  # in the look before
         self._beating = False
+        self._listed: set[str | None] = set()  # signatures in our last sign of life
         self._beats = 0
         self._shown = 0.0  # when the last sign of life was written, or the first was due
         self._lock = threading.Lock()
@@ -181,11 +185,21 @@ class Recovery:
     # -- signs of life
 
     def tell(self) -> None:
-        """Interrupt the jobs running here that are no longer ours: dismissed, or rescued."""
+        """Interrupt the jobs running here that are no longer ours: dismissed, or rescued.
+
+        Those that have run for a while are shown to other processes.
+        """
         # Listed before the transaction begins: what it does not see is gone, not too young.
         jobs = {sid: job for sid, job in list(self.worker.running.items()) if job.begun}
         if jobs:
             transact(self.store, partial(self._tell, jobs))
+            if any(self._is_to_be_shown(job) for job in jobs.values()):
+                self.beat()
+
+    def _is_to_be_shown(self, job: Any) -> bool:
+        """Say whether others are to be told of an attempt now: they might run the job too."""
+        known = self.store.exclusive or job.signature in self._listed
+        return not known and bool(self.store.clock() - job.started >= SHOWN_AFTER)
 
     def _tell(self, jobs: dict[str, Any], table: Any) -> None:
         for sid, job in jobs.items():
@@ -237,6 +251,7 @@ class Recovery:
         sign.beat = self._beats
         sign.at = self.store.clock()
         sign.running = {sid: job.live() for sid, job in list(self.worker.running.items())}
+        self._listed = {live.signature for live in sign.running.values()}
 
     def _fall_silent(self, table: Any) -> None:
         table.remove_sign(self.store.process)
@@ -295,16 +310,18 @@ class Recovery:
             self.executor.put(sid, record.signature, queue)
 
     def _lost(self, record: JobRecord, table: Any) -> bool:
-        if record.holder is None:
+        holder = record.holder or table.runner(record)
+        if holder is None:
             # Clocks of other machines are believed in this alone: whether to wait a little.
-            return bool(record.updated + self.executor.grace <= self.store.clock())
-        if record.holder == self.store.process:
+            since = max(record.updated, record.run_after or 0.0)
+            return bool(since + self.executor.grace <= self.store.clock())
+        if holder == self.store.process:
             return True  # an attempt of ours ended without a word
-        self._holders.add(record.holder)
+        self._holders.add(holder)
         if self.store.exclusive:
-            return not self.store.alive_here(record.holder)
-        sign = table.sign(record.holder)
-        return self._silent(record.holder, sign) or self._is_unlisted(record, sign)
+            return not self.store.alive_here(holder)
+        sign = table.sign(holder)
+        return self._silent(holder, sign) or self._is_unlisted(record, sign)
 
     def _silent(self, holder: str, sign: Sign | None) -> bool:
         """Say whether a process gave no sign for a lease, by our own monotonic clock."""

@@ -57,49 +57,53 @@ class Worker:
 
     @property
     def holder(self) -> str | None:
-        """Who may run without a claim what is scheduled here: this process, or nobody."""
+        """In whose queue waits what is scheduled here: this process's, or a broker's (None)."""
         process: str | None = self.store.process if self.keeps else None
         return process
 
-    def run(self, sid: str, seen: str | None = "") -> None:
+    def run(self, sid: str, seen: str | None = "") -> bool:
         """Run the job if it is ours to run; never raise.
 
         *seen* is given for a job to be rescued: the signature that its record bore when it
         was judged lost (None: no attempt had signed it).  Then it is claimed first.
+
+        Returns False when the storage knows no such job.
         """
-        if seen == "":
-            self._start(sid, None)
-        else:
-            self._start(sid, lambda record: bool(record.signature == seen))
-
-    def answer(self, sid: str) -> None:
-        """Run a job that a message announced, if nobody holds it; never raise."""
-        self._start(sid, lambda record: record.status == ACCEPTED and record.holder is None)
-
-    def _start(self, sid: str, is_free: Callable[[JobRecord], bool] | None) -> None:
-        job = Job(sid, self.store.clock)
+        job = Job(sid, self.holder, self.store.clock)
         if self.running.setdefault(sid, job) is not job:
-            return  # another thread has it: a doubled wake-up
+            return True  # another thread has it: a doubled wake-up
         try:
-            if is_free is None or self._claim(job, is_free):
+            if seen == "" or self._claim(job, seen):
                 self._run(job)
+        except NotOurs:
+            return False
         except Exception:
             # The database is out of reach, or this is a defect: recovery finds the job later.
             log.exception("job %r was left as it is", sid)
         finally:
             del self.running[sid]
             self.changes.tell()
+        return True
 
-    def free(self, sid: str, seen: str | None) -> None:
-        """Let any process claim a lost job, whose record bore the signature *seen*."""
+    def free(self, sid: str, seen: str) -> bool:
+        """Let any process claim a lost job, whose record bore the signature *seen*.
 
-        def lose(table: Any) -> None:
+        Returns False when there is nothing to claim any more.
+        """
+
+        def lose(table: Any) -> str | None:
             record = table.get(sid)
-            if record is not None and not record.done and record.signature == seen:
+            if record is None or record.done:
+                return None
+            if record.signature == seen and not self._is_over(record, table):
                 self._reach(record, table)
                 record.lose(self.store.clock())
+            return str(record.status)
 
-        transact(self.store, lose)
+        status = transact(self.store, lose)
+        if status == FAILED:
+            self.tell(sid, FAILED)
+        return bool(status == ACCEPTED)
 
     def interrupt(self, sid: str, reason: Any) -> None:
         """Tell the job, if it runs here."""
@@ -121,16 +125,16 @@ class Worker:
 
     # -- claim
 
-    def _claim(self, job: Job, is_free: Callable[[JobRecord], bool]) -> bool:
+    def _claim(self, job: Job, seen: str | None) -> bool:
         """Take over a job by writing its record; return False when somebody else has it."""
 
         def claim(table: Any) -> float | str | bool:
             record = table.get(job.sid)
-            if record is None or record.done:
-                return False
+            if record is None:
+                raise NotOurs(None)
             if record.signature == job.signature:
                 return True  # the reply to an earlier commit was lost
-            if not is_free(record):
+            if record.done or record.signature != seen:
                 return False
             if record.run_after is not None and record.run_after > self.store.clock():
                 return float(record.run_after)
@@ -145,11 +149,12 @@ class Worker:
 
     def _take(self, record: JobRecord, job: Job, table: Any) -> str | bool:
         """Claim the job and return True, or end it and return its status."""
-        if record.attempts >= record.option("max_attempts", self.max_attempts):
-            self._give_up(record, table)
+        if record.signature is None and table.runner(record) is not None:
+            record.attempts += 1  # it needed no claim, but it was seen to run
+        if self._is_over(record, table):
             return FAILED
-        if record.attempts == 0 and table.live(record) is not None:
-            record.attempts = 1  # the first attempt needed no claim, but it was seen to run
+        if record.holder is None and self.holder is None:
+            record.contested = True  # who answered an earlier bell may only be frozen
         self._reach(record, table)
         record.claim(self.store.process, job.signature, self.store.clock())
         return True
@@ -158,11 +163,13 @@ class Worker:
         live = table.live(record)
         record.reach(live and live.percent)
 
-    def _give_up(self, record: JobRecord, table: Any) -> None:
-        """Fail a job whose runners died; the reason tells what was seen."""
+    def _is_over(self, record: JobRecord, table: Any) -> bool:
+        """Fail a job whose runners died too often; the reason tells what was seen."""
+        if record.attempts < record.option("max_attempts", self.max_attempts):
+            return False
         reason = (
             f"{record.attempts} attempts ended without a word; the last worker was"
-            f" {table.last_seen(record.holder)}"
+            f" {table.last_seen(record.holder or table.runner(record))}"
         )
         log.error("job %r failed: %s", record.sid, reason)
         now = self.store.clock()
@@ -170,6 +177,7 @@ class Worker:
             record.move(RUNNING, now)
         record.failure = Failure("JobLost", reason, "", token_hex(6))
         record.finish(FAILED, now, self.result_timeout)
+        return True
 
     # -- run
 
@@ -212,6 +220,8 @@ class Worker:
 
     def _not_ours(self, job: Job, record: JobRecord | None) -> None:
         """Tell what an earlier commit of ours, whose reply was lost, made of the job."""
+        if record is None and not job.begun:
+            raise NotOurs(None)
         if record is not None and record.done and record.signature == job.signature:
             self._tell(job, record.status)
 
@@ -253,7 +263,7 @@ class Worker:
             return "removed", None
         if record.failure is not None and record.failure.error_id == failure.error_id:
             return record.status, record.run_after  # only the reply to our commit was lost
-        if not record.belongs_to(self.store.process, job.signature):
+        if not record.belongs_to(job.holder, job.signature):
             return record.status, None
         now = self.store.clock()
         if record.status == ACCEPTED:
@@ -289,11 +299,11 @@ class Worker:
 
     def _release_all(self, sids: list[str], table: Any) -> None:
         for sid in sids:
-            self._release(Job(sid), table)
+            self._release(Job(sid, self.store.process), table)
 
     def _release(self, job: Job, table: Any) -> None:
         record = table.get(job.sid)
-        if record is not None and record.belongs_to(self.store.process, job.signature):
+        if record is not None and record.belongs_to(job.holder, job.signature):
             record.reach(job.percent)
             record.release(self.store.clock())
 

@@ -305,10 +305,23 @@ class ZodbTable:
         seen = f"{sign.name}, last sign of life {utc(sign.at)}" if sign else "no sign of life"
         return f"process {process} ({seen})"
 
+    def runner(self, record: JobRecord) -> str | None:
+        """Return the process whose sign of life lists the job's attempt, or None."""
+        if record.done:
+            return None
+        signs = (
+            self.signs() if record.holder is None else [(record.holder, self.sign(record.holder))]
+        )
+        for process, sign in signs:
+            live = sign and sign.running.get(record.sid)
+            if live is not None and live.shows(record):
+                return process
+        return None
+
     def live(self, record: JobRecord) -> Any:
         """Return what another process showed of the attempt that it runs, or None."""
-        sign = None if record.done or record.holder is None else self.sign(record.holder)
-        return sign and sign.running.get(record.sid)
+        process = self.runner(record)
+        return process and self.sign(process).running[record.sid]
 
     def archive_all(self, sids: list[str]) -> None:
         for sid in sids:

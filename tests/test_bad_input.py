@@ -142,7 +142,7 @@ def test_wake_up_with_a_malformed_sid_is_dropped(one, sid, key):
     one.executor.wake(True, sid)
     one.worker.run(sid)
     one.worker.run(sid, "signature")
-    one.worker.answer(sid)
+    one.worker.run(sid, None)
     assert one.db.lastTransaction() == before
     assert still_works(one, key)
 
@@ -367,7 +367,7 @@ def test_bad_record_is_an_error_for_its_own_id_alone(durable, key, bad, monkeypa
     durable.db.cacheMinimize()
     durable.worker.run(sid)
     durable.worker.run(sid, None)
-    durable.worker.answer(sid)
+    durable.worker.run(sid, None)
     durable.recovery.look()
     durable.recovery.tell()
     listed = [job.sid for job in durable.ask(lambda scheduler: scheduler.jobs())]
@@ -414,7 +414,7 @@ def test_message_of_an_exception_forges_no_line_of_the_log(one, caplog):
 def test_sid_forges_no_line_of_the_log(one, sid, caplog):
     caplog.set_level("DEBUG")
     one.executor.wake(True, sid)
-    one.worker.answer(sid)
+    one.worker.run(sid, None)
     one.worker.run(sid, "x")
     one.ask(lambda scheduler: scheduler.cancel(sid))
     assert not any("\n" in line for line in headlines(caplog))

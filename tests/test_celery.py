@@ -33,7 +33,7 @@ from webtest import TestApp
 
 from pyramid_async import IScheduler, bells, current_job
 from pyramid_async import celery as module
-from pyramid_async.bells import Bells, Ring, connect
+from pyramid_async.bells import AGAIN, BELL, Bells, Ring, connect
 from pyramid_async.celery import bell
 from pyramid_async.prefork import Signals, in_function
 
@@ -94,7 +94,7 @@ def sid_of(response):
 
 
 def messages(queue, url):
-    """Take the messages from a queue: (body, content type) of each."""
+    """Take the messages from a queue: (body, content type, task) of each."""
     with connect(url) as connection, closing(connection.SimpleQueue(queue)) as box:
         found = []
         while True:
@@ -103,7 +103,7 @@ def messages(queue, url):
             except box.Empty:
                 return found
             message.ack()
-            found.append((message.body, message.content_type))
+            found.append((message.body, message.content_type, message.headers["task"]))
 
 
 @pytest.mark.parametrize("scheme", ["amqp", "redis"])
@@ -127,7 +127,7 @@ def test_publishing_gives_a_black_hole_up_in_about_a_second(scheme, black_hole):
 def seconds_until_given_up(ringer):
     begun = time.monotonic()
     with pytest.raises(Exception, match=r"(?i)time"):
-        ringer._pass_on(Ring("0" * 32, "queue", False))
+        ringer._pass_on(Ring("0" * 32, "queue", BELL, False))
     return time.monotonic() - begun
 
 
@@ -152,8 +152,8 @@ def test_the_message_carries_the_sid_alone(broker):
         sid = sid_of(web.start(echo, "a secret"))
         web.scheduler.executor.stop(5)
         queue = web.scheduler.settings["celery.queue"]
-        [(body, content_type)] = messages(queue, broker)
-    assert content_type == "application/json"
+        [(body, content_type, task)] = messages(queue, broker)
+    assert (content_type, task) == ("application/json", BELL)
     args, kw, embedded = json.loads(body)
     assert (args, kw) == ([sid], {})
     assert not any(embedded.values())
@@ -188,8 +188,10 @@ def test_a_job_is_run_once_however_often_its_bell_rings(broker):
     with client(broker) as web, gate() as at:
         url = web.url(webapp.behind_gate, at, "done")
         answers = [
-            threading.Thread(target=web.scheduler.executor.answer, args=(url.rpartition("/")[2],))
-            for _ in range(5)
+            threading.Thread(
+                target=web.scheduler.executor.answer, args=(url.rpartition("/")[2], again)
+            )
+            for again in (False, True, False, True)
         ]
         for thread in answers:
             thread.start()
@@ -206,24 +208,26 @@ def test_a_job_is_run_once_however_often_its_bell_rings(broker):
 def test_a_bell_without_an_id_is_refused_at_once(forged, broker, caplog):
     with client(broker) as web:
         begun = time.monotonic()
-        web.scheduler.executor.answer(forged)
+        web.scheduler.executor.answer(forged, again=False)
         assert time.monotonic() - begun < 0.5
     assert "which is no job's id" in caplog.text
 
 
-def test_a_bell_for_an_unknown_job_changes_nothing(broker, caplog):
+@pytest.mark.parametrize("again", [False, True])
+def test_a_bell_for_an_unknown_job_changes_nothing(again, broker, caplog):
     caplog.set_level("INFO")
     with client(broker) as web:
-        web.scheduler.executor.answer("0" * 32)
+        web.scheduler.executor.answer("0" * 32, again)
     assert f"no job '{'0' * 32}' for a bell" in caplog.text
 
 
-def test_a_record_that_shows_up_late_is_waited_for(broker):
+@pytest.mark.parametrize("again", [False, True])
+def test_a_record_that_shows_up_late_is_waited_for(again, broker):
     with client(broker) as web:
         sid = "ab" * 16
         late = threading.Timer(0.1, schedule_as, (web, sid))
         late.start()
-        web.scheduler.executor.answer(sid)
+        web.scheduler.executor.answer(sid, again)
         late.join()
         assert web.scheduler.transact(lambda s: s.completed(sid))
 
@@ -247,7 +251,7 @@ def test_recovery_rings_again_where_the_queue_is_empty_and_not_where_bells_wait(
         assert len(messages(queue, broker)) == 1
         late = Bells(broker, queue, 10)
         late.start()
-        late.ring(sid, None, again=True)
+        late.ring(sid, None, AGAIN, unless_others_wait=True)
         late.stop(5)
         assert len(messages(queue, broker)) == 1
 
@@ -257,7 +261,7 @@ def test_a_job_that_is_passed_over_for_long_is_rung_for_all_the_same(broker, mon
     with client(broker) as web:
         executor = web.scheduler.executor
         sid = sid_of(web.start(echo))
-        executor.bells.ring(sid, None, again=True)
+        executor.bells.ring(sid, None, AGAIN, unless_others_wait=True)
         executor.stop(5)
         assert len(messages(web.scheduler.settings["celery.queue"], broker)) == 2
 
@@ -272,25 +276,67 @@ class Closed:
 def test_a_bell_outlives_a_connection_that_was_closed(broker):
     ringer, queue = Bells(broker, "queue", 10), uuid4().hex
     ringer._connection = Closed()
-    ringer._pass_on(Ring("a" * 32, queue, False))
-    assert len(messages(queue, broker)) == 1
+    ringer._pass_on(Ring("a" * 32, queue, BELL, False))
+    # The broker may have got both, for all that is known.
+    assert [task for _, _, task in messages(queue, broker)] == [AGAIN]
+
+
+@pytest.mark.parametrize("seen", [None, "", "signature"])
+def test_who_answers_may_skip_the_claim_of_none_but_a_new_job(seen, broker):
+    with client(broker) as web:
+        executor, queue = web.scheduler.executor, web.scheduler.settings["celery.queue"]
+        sid = web.scheduler.transact(lambda s: s.using(run_after=3600).schedule(echo))
+        if seen:
+            web.scheduler.transact(lambda s: s._table().get(sid).claim("dead", seen, 0.0))
+        until(executor.bells._waiting.empty)
+        executor.bells._rung.clear()
+        messages(queue, broker)
+        executor.put(sid, seen)
+        executor.stop(5)
+        [(_, _, task)] = messages(queue, broker)
+    assert task == (BELL if seen == "" else AGAIN)
+
+
+def test_a_lost_job_without_attempts_left_is_not_rung_for(broker):
+    with client(broker, **{"async.max_attempts": "1"}) as web:
+        executor, queue = web.scheduler.executor, web.scheduler.settings["celery.queue"]
+        sid = web.scheduler.transact(lambda s: s.schedule(echo))
+        web.scheduler.transact(lambda s: s._table().get(sid).claim("dead", "signature", 0.0))
+        until(executor.bells._waiting.empty)
+        executor.put(sid, "signature")
+        executor.stop(5)
+        assert len(messages(queue, broker)) == 1
+        failure = web.scheduler.transact(lambda s: s.status(sid)).failure
+    assert "the last worker was process dead" in failure.message
+
+
+@pytest.mark.parametrize("info", [{"redelivered": True}, {"redelivered": False}, {}])
+def test_what_a_broker_delivers_again_is_claimed_first(info, monkeypatch):
+    answers = []
+    monkeypatch.setattr(module.site, "answer", lambda sid, again: answers.append((sid, again)))
+    bell.push_request(delivery_info=info)
+    try:
+        bell.run("a" * 32)
+    finally:
+        bell.pop_request()
+    assert answers == [("a" * 32, info.get("redelivered", False))]
 
 
 def test_a_bell_is_rung_again_where_there_is_no_queue_yet(broker):
     ringer, queue = Bells(broker, "queue", 10), uuid4().hex
-    ringer._pass_on(Ring("a" * 32, queue, True))
+    ringer._pass_on(Ring("a" * 32, queue, AGAIN, True))
     assert len(messages(queue, broker)) == 1
 
 
 def test_what_is_remembered_of_bells_has_a_bound(broker):
     ringer, queue = Bells(broker, uuid4().hex, 3), uuid4().hex
-    ringer._pass_on(Ring("a" * 32, queue, False))
+    ringer._pass_on(Ring("a" * 32, queue, BELL, False))
     for number in range(20):
         ringer.ring(f"{number:032}", queue)
         ringer._waiting.get_nowait()
     assert 0 < len(ringer._rung) <= 4
     for number in range(20):
-        ringer._send(Ring(f"{number:032}", queue, True))  # passed over: another waits
+        ringer._send(Ring(f"{number:032}", queue, AGAIN, True))  # passed over: another waits
     assert 0 < len(ringer._passed_over) <= 4
     assert len(messages(queue, broker)) == 1
 
@@ -339,9 +385,9 @@ def test_including_the_module_is_enough(broker):
         assert isinstance(web.scheduler.executor, module.CeleryExecutor)
 
 
-def test_whoever_can_write_to_the_broker_reaches_one_task():
+def test_whoever_can_write_to_the_broker_reaches_the_bells():
     module.app.finalize()
-    assert list(module.app.tasks) == [bell.name]
+    assert sorted(module.app.tasks) == ["pyramid_async.again", "pyramid_async.bell"]
     assert not module.app.conf.worker_enable_remote_control
     assert module.app.conf.accept_content == ["json"]
     assert module.app.conf.task_ignore_result
@@ -395,7 +441,7 @@ def go_on():
 def answered(web, function, *arguments):
     """Run a job in this thread; return its status."""
     sid = web.scheduler.transact(lambda s: s.schedule(function, *arguments))
-    web.scheduler.executor.answer(sid)
+    web.scheduler.executor.answer(sid, again=False)
     return web.scheduler.transact(lambda s: s.status(sid))
 
 
@@ -859,6 +905,8 @@ def test_what_is_killed_loses_no_job(who, deploy):
     sids = [web.sell(directory=site.directory) for _ in range(2)]
     waiting = [web.sell() for _ in range(4)]
     pids = [run_by(site.directory, sid) for sid in sids]
+    for sid in sids:
+        until(lambda sid=sid: web.status(sid).status == "running", what="shown after a second")
     if who == "child":
         os.kill(pids[0], signal.SIGKILL)
     else:

@@ -24,7 +24,7 @@ def clock():
 
 @pytest.fixture
 def job(clock):
-    return Job(SID, clock)
+    return Job(SID, clock=clock)
 
 
 # -- outside of a job ----------------------------------------------------------------------

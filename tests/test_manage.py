@@ -29,6 +29,7 @@ from webapp import (
 
 from pyramid_async import JobNotFound, JobStatus, current_job, manage
 from pyramid_async.interfaces import NotRetriable
+from pyramid_async.jobs import Live
 from pyramid_async.manage import FINAL, UNFINISHED, BadCursor
 from pyramid_async.recovery import Sign
 from pyramid_async.transactional import transact
@@ -272,6 +273,20 @@ def test_show_tells_who_has_a_job(web):
         assert job.holder.startswith(f"process {web.scheduler.store.process}")
         assert job.may_cancel
         assert not job.may_retry
+
+
+def test_show_tells_who_runs_a_job_that_nobody_claimed(durable):
+    sid = put(durable, echo, run_after=1000)
+
+    def list_attempt(table):
+        table.get(sid).holder = None
+        sign = Sign("host:1")
+        sign.running = {sid: Live(1.0, 1.0, 1, revision=1)}
+        table.show_sign("somebody", sign)
+
+    transact(durable.scheduler.store, list_attempt)
+    job = manage.show(durable.scheduler, sid)
+    assert (job.status, job.holder[:25]) == ("running", "process somebody (host:1,")
 
 
 def test_unknown_job_is_not_shown(web):

@@ -21,6 +21,7 @@ from webapp import GATES, gate
 
 from pyramid_async import current_job
 from pyramid_async.interfaces import JobDismissed
+from pyramid_async.jobs import Live
 from pyramid_async.recovery import ARCHIVE_AFTER
 from pyramid_async.scheduler import Scheduler, executor_for
 from pyramid_async.worker import Worker
@@ -175,6 +176,19 @@ def test_job_that_nobody_holds_is_left_alone_for_a_while_where_bells_are_under_w
     assert CALLS[key] == [1]
 
 
+def test_job_whose_time_has_come_is_left_alone_for_a_while_too(machines, key):
+    one = machines.process()
+    one.executor.grace = 5.0
+    sid = one.plant(note, key, run_after=100)
+    one.record(sid, holder=None)
+    machines.pass_time(104.9)
+    one.recovery.look()
+    assert one.executor.held == set()
+    machines.pass_time(0.1)
+    one.recovery.look()
+    one.wait(sid)
+
+
 def test_job_that_waits_in_this_process_is_not_taken_twice(db, key, at):
     with process("zodb", db, workers=1) as one:
         blocking = one.schedule(count_behind_gate, ROOT, key, at)
@@ -202,6 +216,89 @@ def test_attempt_of_this_process_that_ended_without_a_word_is_repeated(db, key):
         one.recovery.look()
         one.wait(sid)
         assert CALLS[key] == [2]
+
+
+# -- jobs that a process runs without a claim ------------------------------------------------
+
+
+@contextmanager
+def unclaimed(process, key, at):
+    """A job that the process runs from a broker's queue."""
+    process.worker.keeps = False
+    process.executor.held = process.worker.running
+    sid = process.plant(count_behind_gate, ROOT, key, at)
+    thread = threading.Thread(target=process.worker.run, args=[sid])
+    thread.start()
+    GATES[at].reach()
+    yield sid
+    GATES[at].opened.set()
+    thread.join(10)
+
+
+def test_what_has_run_for_a_second_is_shown_at_once_and_only_once(machines, key, at):
+    one, other = machines.process(), machines.process()
+    with unclaimed(one, key, at) as sid:
+        one.recovery.tell()
+        assert (read_signs(other), other.status(sid).status) == ({}, "accepted")
+        machines.pass_time(1)
+        for _ in range(3):
+            one.recovery.tell()
+        assert read_signs(other) == {one.store.process: (1, {sid})}
+        assert other.status(sid).status == "running"
+    assert one.told == [(sid, "successful")]
+
+
+def test_nothing_is_shown_where_nobody_could_see_it(db, key, at):
+    clock = Clock()
+    with process("zodb", db, clock=clock) as one, unclaimed(one, key, at):
+        clock.now += 5
+        one.recovery.tell()
+        assert read_signs(one) == {}
+
+
+def test_what_a_living_process_shows_is_left_alone(machines, key, at):
+    one, other = machines.process(), machines.process()
+    with unclaimed(one, key, at) as sid:
+        for _ in range(10):
+            machines.pass_time(10)
+            one.recovery.tell()
+            one.recovery.beat()
+            other.recovery.look()
+        assert other.executor.held == set()
+    assert (CALLS[key], one.told) == ([1], [(sid, "successful")])
+
+
+def test_what_a_silent_process_showed_is_rescued(machines, key, at, wait_for):
+    one, other = machines.process(), machines.process()
+    with unclaimed(one, key, at) as sid:
+        one.recovery.beat()
+        other.recovery.look()
+        machines.pass_time(LEASE)
+        other.recovery.look()
+        assert other.executor.held == set()
+        machines.pass_time(1)
+        other.recovery.look()
+        wait_for(lambda: len(CALLS[key]) == 2)
+        GATES[at].opened.set()
+        other.wait(sid)
+    assert CALLS[key] == [1, 2]
+    assert (one.told, other.told) == ([], [(sid, "successful")])
+    assert other.root(lambda root: root["n"]) == 1
+
+
+def test_what_was_given_back_waits_for_no_sign_to_age(machines, key):
+    one, other = machines.process(), machines.process()
+    sid = one.plant(note, key)
+    one.record(sid, holder=None)
+    with one.transaction() as (table, _):
+        one.recovery._beat(table)
+        table.sign(one.store.process).running = {sid: Live(1.0, 1.0, 1, revision=1)}
+    other.recovery.look()
+    assert other.executor.held == set()
+    with one.transaction() as (table, _):
+        table.get(sid).release(machines.clock())
+    other.recovery.look()
+    other.wait(sid)
 
 
 # -- processes that died -------------------------------------------------------------------

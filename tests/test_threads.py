@@ -312,7 +312,7 @@ def test_jobs_that_wait_are_given_back_where_other_processes_can_take_them(db, k
     assert one.record(sid).get("holder") is None
     assert one.record(sid).get("attempts", 0) == 0
     other = Process(Shared(db), db)
-    other.worker.answer(sid)
+    other.worker.run(sid, None)
     assert CALLS[key] == [None]
     for thread in one.executor.threads:
         thread.join(10)

@@ -20,6 +20,7 @@ from ZODB.POSException import ConflictError
 import pyramid_async.transactional
 import pyramid_async.worker
 from pyramid_async import JobFailed, JobStopped, current_job
+from pyramid_async.attempt import Attempt
 from pyramid_async.interfaces import NotSchedulable
 from pyramid_async.jobs import ACCEPTED, RUNNING, Live
 from pyramid_async.recovery import Sign
@@ -625,7 +626,7 @@ def test_one_of_eight_who_answer_runs_the_job(one, key):
     sid = one.schedule(count, ROOT, key)
     one.record(sid, holder=None)
     others = contenders(one, 8)
-    together(*[lambda p=p: p.worker.answer(sid) for p in others])
+    together(*[lambda p=p: p.worker.run(sid, None) for p in others])
     assert CALLS[key] == [1]
     assert one.root(lambda root: root["n"]) == 1
     assert one.status(sid).attempts == 1
@@ -655,12 +656,21 @@ def test_worker_does_not_run_what_waits_in_anothers_queue(one, key):
     assert CALLS[key] == []
 
 
-@pytest.mark.parametrize("facts", [{}, {"status": RUNNING, "signature": "x", "holder": None}])
-def test_bell_for_a_job_that_somebody_holds_changes_nothing(one, key, facts):
-    """Without facts it waits in the queue of a process."""
-    sid = one.schedule(count, ROOT, key)
-    before = one.record(sid, **facts)
-    one.worker.answer(sid)
+@pytest.mark.parametrize("seen", ["", None])
+def test_bell_for_a_job_that_somebody_claimed_changes_nothing(one, key, seen):
+    sid = one.schedule(note, key)
+    before = one.record(sid, status=RUNNING, signature="x", holder=None)
+    one.worker.keeps = False
+    one.worker.run(sid, seen)
+    assert CALLS[key] == []
+    assert one.record(sid) == before
+
+
+def test_bell_for_what_waits_in_the_queue_of_a_process_changes_nothing(one, key):
+    sid = one.schedule(note, key)
+    before = one.record(sid)
+    one.worker.keeps = False
+    one.worker.run(sid)
     assert CALLS[key] == []
     assert one.record(sid) == before
 
@@ -668,9 +678,8 @@ def test_bell_for_a_job_that_somebody_holds_changes_nothing(one, key, facts):
 @pytest.mark.parametrize("sid", ["0" * 32, "", "no sid\n", "../..", "é" * 1000])
 def test_bell_for_no_job_changes_nothing(one, sid):
     before = one.db.lastTransaction()
-    one.worker.answer(sid)
-    one.worker.run(sid)
-    one.worker.run(sid, None)
+    assert not one.worker.run(sid)
+    assert not one.worker.run(sid, None)
     assert one.db.lastTransaction() == before
     assert one.told == []
 
@@ -684,7 +693,7 @@ def test_late_bell_for_a_job_that_ended_changes_nothing(one, key, end):
         one.worker.run(sid)
     calls, told = list(CALLS[key]), list(one.told)
     before = one.record(sid)
-    one.worker.answer(sid)
+    one.worker.run(sid, None)
     one.worker.run(sid)
     one.worker.run(sid, before.get("signature"))
     assert (CALLS[key], one.told, one.record(sid)) == (calls, told, before)
@@ -701,7 +710,7 @@ def test_bell_for_a_job_that_is_not_due_makes_it_wait(one, key):
     one.record(sid, holder=None)
     waits = []
     one.worker.later = lambda when, sid: waits.append((when, sid))
-    one.worker.answer(sid)
+    one.worker.run(sid, None)
     assert (CALLS[key], waits) == ([], [(one.record(sid)["run_after"], sid)])
 
 
@@ -732,7 +741,7 @@ def test_attempt_that_is_given_back_does_not_count(one, key):
     one.worker.run(sid)
     record = one.record(sid)
     assert (record["status"], record.get("attempts", 0), one.told) == (ACCEPTED, 0, [])
-    one.worker.answer(sid)
+    one.worker.run(sid, None)
     assert CALLS[key] == [1, 1]
     assert one.status(sid).attempts == 1
 
@@ -742,7 +751,7 @@ def test_rescued_attempt_that_is_given_back_does_not_count(one, key):
     one.worker.run(sid, one.die(sid, attempts=1))
     record = one.record(sid)
     assert (record["status"], record["attempts"], record["holder"]) == (ACCEPTED, 1, None)
-    one.worker.answer(sid)
+    one.worker.run(sid, None)
     assert CALLS[key] == [2, 2]
 
 
@@ -796,8 +805,8 @@ def test_progress_of_a_dead_attempt_is_not_lost(durable, key):
     sid = durable.schedule(count, ROOT, key)
     with durable.transaction() as (table, _):
         sign = table.root.signs["dead"] = Sign("host-7:4711")
-        sign.running = {sid: Live(1.0, 1.0, 1, 40)}
-    seen = durable.die(sid)
+        sign.running = {sid: Live(1.0, 1.0, 1, 40, signature="the dead one's")}
+    seen = durable.die(sid, signature="the dead one's")
     durable.worker.free(sid, seen)
     assert durable.status(sid).progress == 40
     assert durable.record(sid)["holder"] is None
@@ -810,6 +819,133 @@ def test_job_whose_signature_changed_is_not_freed(one, key):
     assert one.record(sid)["signature"] == "newer"
 
 
+def test_a_lost_job_without_attempts_left_is_not_freed_but_failed(one, key):
+    sid = one.schedule(count, ROOT, key)
+    seen = one.die(sid, attempts=3)
+    assert not one.worker.free(sid, seen)
+    assert "process dead" in one.status(sid).failure.message
+    assert one.told == [(sid, "failed")]
+    assert not one.worker.free(sid, seen)
+    assert not one.worker.free("0" * 32, seen)
+    assert one.told == [(sid, "failed")]
+
+
+# -- jobs of a broker's queue: the first bell needs no claim ---------------------------------
+
+
+@pytest.fixture
+def bells(one):
+    """A process whose jobs wait in a broker's queue."""
+    one.worker.keeps = False
+    return one
+
+
+def test_first_bell_costs_one_commit(durable, key):
+    durable.worker.keeps = False
+    sid = durable.schedule(count, ROOT, key)
+    before = durable.commits()
+    durable.worker.run(sid)
+    assert durable.commits() == before + 1
+    assert (durable.status(sid).status, durable.status(sid).attempts) == ("successful", 1)
+
+
+def test_one_of_eight_who_got_the_same_first_bell_has_effects(bells, key):
+    sid = bells.schedule(count, ROOT, key)
+    others = contenders(bells, 8)
+    for other in others:
+        other.worker.keeps = False
+    together(*[lambda p=p: p.worker.run(sid) for p in others])
+    assert bells.root(lambda root: root["n"]) == 1
+    assert [told for p in others for told in p.told] == [(sid, "successful")]
+    assert bells.status(sid).attempts == 1
+
+
+def test_what_a_later_bell_claims_the_attempt_of_the_first_one_cannot_commit(bells, key, at):
+    sid = bells.schedule(count_behind_gate, ROOT, key, at)
+    thread = threading.Thread(target=bells.worker.run, args=[sid])
+    thread.start()
+    GATES[at].reach()
+    [other] = contenders(bells, 1)
+    other.worker.keeps = False
+
+    def let_the_first_end(*args):
+        GATES[at].opened.set()
+        thread.join(10)
+        return Attempt(*args)
+
+    other.worker.attempt = let_the_first_end
+    other.worker.run(sid, None)
+    assert bells.root(lambda root: root["n"]) == 1
+    assert (bells.told, other.told) == ([], [(sid, "successful")])
+
+
+def test_a_record_that_an_unclaimed_attempt_may_still_write_outlives_its_removal(durable, key):
+    """A pack would take it, and nothing would stop that attempt any more."""
+    durable.worker.keeps = False
+    first, later = durable.schedule(note, key), durable.schedule(note, key)
+    durable.worker.run(first)
+    durable.worker.run(later, None)
+    assert "contested" not in durable.record(first)
+    assert durable.record(later)["contested"]
+
+
+def list_attempt(durable, sid, **facts):
+    """Let the sign of life of a process list an attempt."""
+    with durable.transaction() as (table, _):
+        sign = table.root.signs["dead"] = Sign("host-7:4711")
+        sign.running = {sid: Live(1.0, 1.0, 1, 40, **facts)}
+
+
+def test_unclaimed_attempt_counts_once_it_was_shown(durable, key):
+    durable.worker.keeps = False
+    sid = durable.schedule(count, ROOT, key)
+    list_attempt(durable, sid, signature="x", revision=durable.record(sid).get("revision", 1))
+    assert (durable.status(sid).status, durable.status(sid).progress) == (RUNNING, 40)
+    durable.worker.run(sid, None)
+    assert (CALLS[key], durable.status(sid).attempts) == ([2], 2)
+
+
+def test_unclaimed_attempts_have_a_limit_too(durable, key):
+    durable.worker.keeps = False
+    sid = durable.schedule(count, ROOT, key, max_attempts=1)
+    list_attempt(durable, sid, signature="x", revision=1)
+    durable.worker.run(sid, None)
+    message = durable.status(sid).failure.message
+    assert message.startswith("1 attempts ended")
+    assert "process dead (host-7:4711" in message
+
+
+def test_sign_of_an_attempt_that_was_given_back_shows_and_counts_nothing(durable, key):
+    durable.worker.keeps = False
+    sid = durable.schedule(stop_once, key)
+    list_attempt(durable, sid, signature="x", revision=1)
+    durable.worker.run(sid)
+    assert CALLS[key] == [1]
+    status = durable.status(sid)
+    assert (status.status, status.attempts) == (ACCEPTED, 0)
+    durable.worker.run(sid, None)
+    assert (CALLS[key], durable.status(sid).attempts) == ([1, 1], 1)
+
+
+def test_unclaimed_job_that_fails_was_tried_once(bells, key):
+    sid = bells.schedule(fail, key)
+    bells.worker.run(sid)
+    assert (bells.status(sid).status, bells.status(sid).attempts) == ("failed", 1)
+    assert bells.told == [(sid, "failed")]
+
+
+def test_unclaimed_job_that_is_dismissed_has_no_effects(bells, key, at):
+    sid = bells.schedule(count_behind_gate, ROOT, key, at)
+    thread = threading.Thread(target=bells.worker.run, args=[sid])
+    thread.start()
+    GATES[at].reach()
+    assert bells.cancel(sid)
+    GATES[at].opened.set()
+    thread.join(10)
+    assert bells.root(lambda root: root.get("n", 0)) == 0
+    assert bells.status(sid).status == "dismissed"
+
+
 # -- wake-ups ------------------------------------------------------------------------------
 
 
@@ -818,9 +954,8 @@ def test_wake_up_that_comes_twice_runs_the_job_once(one, key, at):
     thread = threading.Thread(target=one.worker.run, args=[sid])
     thread.start()
     GATES[at].reach()
-    one.worker.run(sid)
-    one.worker.run(sid, None)
-    one.worker.answer(sid)
+    assert one.worker.run(sid)
+    assert one.worker.run(sid, None)
     GATES[at].opened.set()
     thread.join(10)
     one.worker.run(sid)
