@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import math
 import threading
 import time
 from collections.abc import Iterator
@@ -110,11 +109,13 @@ class RamStore:
         """Forget the records that expired."""
         with self.lock:
             while self.expiry and self.expiry[0][0] <= now:
-                _, sid = heapq.heappop(self.expiry)
-                _, state = self.states.get(sid, (0, {}))
-                # The sid may be a later job's by now.
-                if state.get("expires", math.inf) <= now:
-                    self.states.pop(sid, None)
+                self._expire_first()
+
+    def _expire_first(self) -> None:
+        expires, sid = heapq.heappop(self.expiry)
+        _, state = self.states.get(sid, (0, {}))
+        if state.get("expires") == expires:  # else it was removed, and the sid may be another's
+            del self.states[sid]
 
     # -- called by tables, under no lock
 
@@ -195,9 +196,16 @@ class RamStore:
         self._free_key(sid, old or state or {})
         if expires is not None:
             heapq.heappush(self.expiry, (expires, sid))
-            # Finished jobs are bounded too: those that expire first give way.
-            while len(self.expiry) > self.max_pending:
-                self.states.pop(heapq.heappop(self.expiry)[1], None)
+            self._bound_finished()
+
+    def _bound_finished(self) -> None:
+        """Let those finished jobs give way that expire first."""
+        while len(self.states) - len(self.pending) > self.max_pending:
+            self._expire_first()
+        if len(self.expiry) > 2 * self.max_pending:
+            # Most of them were removed long ago.
+            finished = (item for item in self.states.items() if item[0] not in self.pending)
+            self.expiry = sorted((state["expires"], sid) for sid, (_, state) in finished)
 
     def _free_key(self, sid: str, state: dict[str, Any]) -> None:
         key: Any = (state.get("options") or {}).get("key")

@@ -1050,6 +1050,45 @@ def test_promises_count_until_their_transaction_ends(clock):
         assert has_room(store)
 
 
+def finished_in(store, sid, keep):
+    add(store, sid)
+    with committed(store) as seen:
+        finish(seen.get(sid), keep=keep)
+
+
+def test_finished_jobs_give_way_to_more_of_them_those_that_expire_first(clock):
+    store = RamStore(max_pending=2, clock=clock)
+    for sid, keep in [("00", 100), ("01", 50), ("02", 200)]:
+        finished_in(store, sid, keep)
+    assert set(store.states) == {"00", "02"}
+
+
+def test_removed_jobs_take_the_place_of_no_finished_one(clock):
+    store = RamStore(max_pending=2, clock=clock)
+    finished_in(store, "00", 100)
+    for number in range(1, 100):
+        sid = f"{number:02x}"
+        finished_in(store, sid, 200)
+        with committed(store) as seen:
+            seen.table.remove(seen.get(sid))
+    assert set(store.states) == {"00"}
+    assert len(store.expiry) <= 5
+    clock.now += 101
+    store.expire(clock.now)
+    assert not store.states
+
+
+def test_job_with_the_sid_of_a_removed_one_expires_in_its_own_time(clock):
+    store = RamStore(clock=clock)
+    finished_in(store, "00", 100)
+    with committed(store) as seen:
+        seen.table.remove(seen.get("00"))
+    finished_in(store, "00", 200)
+    clock.now += 150
+    store.expire(clock.now)
+    assert status_in(store, "00") == "successful"
+
+
 @pytest.mark.parametrize("end", ["abort", "commit", "failed commit", "rollback", "conflict"])
 def test_no_end_of_a_transaction_leaks_room(clock, end):
     store = RamStore(max_pending=3, clock=clock)
