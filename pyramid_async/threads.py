@@ -18,6 +18,9 @@ from .interfaces import IExecutor
 
 log = logging.getLogger(__name__)
 
+# Longest time that a stop takes beyond its deadline, to give back what still runs, seconds.
+GIVE_BACK = 1.0
+
 
 @implementer(IExecutor)
 class ThreadExecutor:
@@ -94,7 +97,10 @@ class ThreadExecutor:
             if self.recovery is not None and self.workers:
                 self.recovery.start()
             self._pid = os.getpid()
-            atexit.register(self.stop)
+            _started.add(self)
+            # Before what others registered until now, and may rely on.
+            atexit.unregister(stop_all)
+            atexit.register(stop_all)
 
     def _work(self) -> None:
         while (item := self.queue.get()) is not None:
@@ -109,39 +115,62 @@ class ThreadExecutor:
                 self.held.discard(item[0])
 
     def stop(self, timeout: float | None = None) -> None:
-        """See IExecutor.  Jobs that wait are dropped here; a durable store keeps them."""
+        """See IExecutor.  A durable store keeps the jobs that wait, and those that do not end."""
         self.stopped = True
+        _started.discard(self)
         if self._pid != os.getpid():
             return
         self._pid = None
-        atexit.unregister(self.stop)
         deadline = time.monotonic() + (self.shutdown_timeout if timeout is None else timeout)
-        self.worker.interrupt_all(f"process {os.getpid()} stops")
+        self.tell()
         for _ in self.threads:
             self.queue.put(None)
         # In recovery's thread: a database that is away must not keep the process from its exit.
         if self.recovery is None:
-            self._give_back()
+            self._wind_up(deadline)
         else:
-            self.recovery.end(self._give_back)
-        for thread in self.threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+            self.recovery.end(lambda: self._wind_up(deadline))
+        self._join(deadline)
         if self.recovery is not None:
-            self.recovery.stop(max(0.1, deadline - time.monotonic()))
+            self.recovery.stop(max(0.0, deadline - time.monotonic()) + GIVE_BACK)
         # Whoever uses the database next in this very process takes what waited here.
         self.worker.store.identity.end()
         self.worker.keeps = False
         if self.worker.running:
             log.warning("stopped with jobs still running: %s", ", ".join(self.worker.running))
 
-    def _give_back(self) -> None:
-        # A copy: a worker that ends its job meanwhile changes the set.
-        waiting = [sid for sid in list(self.held) if sid not in self.worker.running]
+    def tell(self) -> None:
+        """Tell the running jobs to stop."""
+        self.worker.interrupt_all(f"process {os.getpid()} stops")
+
+    def _join(self, deadline: float) -> None:
+        for thread in self.threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _wind_up(self, deadline: float) -> None:
+        """Let other processes have what did not begin, and at the deadline what did not end."""
         try:
-            self.worker.give_back(waiting)
+            # A copy: a worker that ends its job meanwhile changes the set.
+            self.worker.give_back([s for s in list(self.held) if s not in self.worker.running])
+            self._join(deadline)
+            self.worker.give_back_running()
         except Exception:
             # Recovery finds them by the lease.
-            log.exception("%d waiting jobs could not be given back", len(waiting))
+            log.exception("jobs could not be given back: %s", ", ".join(self.held))
+
+
+# The executors that this process started and did not stop, or its parent before a fork.
+_started: set[ThreadExecutor] = set()
+
+
+def stop_all() -> None:
+    """Stop all executors, at exit, in the time of the one that takes longest."""
+    begun = time.monotonic()
+    executors = list(_started)
+    for executor in executors:
+        executor.tell()
+    for executor in executors:
+        executor.stop(max(0.0, executor.shutdown_timeout - (time.monotonic() - begun)))
 
 
 def exit_on_sigterm() -> None:

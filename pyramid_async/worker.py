@@ -294,12 +294,21 @@ class Worker:
 
     def give_back(self, sids: list[str]) -> None:
         """Let any process run the jobs that wait here; called when this one stops."""
-        if sids and not self.store.exclusive:
-            transact(self.store, lambda table: self._release_all(sids, table))
+        if not self.store.exclusive:
+            self._release_all([Job(sid, self.store.process) for sid in sids])
 
-    def _release_all(self, sids: list[str], table: Any) -> None:
-        for sid in sids:
-            self._release(Job(sid, self.store.process), table)
+    def give_back_running(self) -> None:
+        """Let any process run what still runs here; those attempts can commit no more."""
+        if self.store.durable:
+            self._release_all(list(self.running.values()))
+
+    def _release_all(self, jobs: list[Job]) -> None:
+        def release(table: Any) -> None:
+            for job in jobs:
+                self._release(job, table)
+
+        if jobs:
+            transact(self.store, release)
 
     def _release(self, job: Job, table: Any) -> None:
         record = table.get(job.sid)

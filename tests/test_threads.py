@@ -59,6 +59,12 @@ def at_gate(name, value=None):
     return value
 
 
+def count_at_gate(root, name, key):
+    root["n"] = root.get("n", 0) + 1
+    CALLS[key].append(current_job().attempt)
+    GATES[name].pass_through()
+
+
 def check_until_told(name, key):
     GATES[name].reached.set()
     try:
@@ -281,6 +287,31 @@ def test_stop_takes_no_longer_than_its_time_when_a_job_never_ends(db, at, caplog
         assert time.monotonic() - begun < 2
         assert f"stopped with jobs still running: {sid}" in caplog.text
         GATES[at].opened.set()
+
+
+def test_job_that_does_not_end_in_time_is_given_back_and_has_lost_no_attempt(db, key, at):
+    with process("zodb", db, workers=1) as one:
+        sid = one.schedule(count_at_gate, ROOT, at, key)
+        GATES[at].reach()
+        one.recovery.beat()
+        one.executor.stop(0.01)
+        record = one.record(sid)
+        assert (record["status"], record.get("attempts", 0), record["holder"]) == (
+            "accepted",
+            0,
+            None,
+        )
+        with process("zodb", db, workers=1) as other:
+            other.recovery.look()
+            while len(CALLS[key]) < 2:
+                other.executor.threads[0].join(0.005)
+            GATES[at].opened.set()
+            other.wait(sid)
+            for thread in one.executor.threads:
+                thread.join(10)
+            assert other.status(sid).attempts == 1
+            assert other.root(lambda root: root["n"]) == 1
+    assert (CALLS[key], one.told) == ([1, 1], [])
 
 
 def test_jobs_that_wait_are_not_begun_any_more(db, key, at):
@@ -562,6 +593,34 @@ def test_interpreter_that_exits_is_not_held_by_jobs(job, printed):
     assert run.stdout.split() == printed
     assert run.returncode == 0
     assert time.monotonic() - begun < 30  # the job itself would take twice as long
+
+
+@pytest.mark.slow
+def test_the_exit_waits_for_all_schedulers_at_the_same_time():
+    run = python(
+        """
+        import atexit, threading, time, transaction
+        from pyramid_async.scheduler import TransactionalScheduler
+
+        exits = []
+        atexit.register(lambda: print(time.monotonic() - exits[0]))
+        begun, never = threading.Barrier(4), threading.Event()
+
+        def idle():
+            begun.wait(20)
+            never.wait(60)
+
+        for _ in range(3):
+            scheduler = TransactionalScheduler()
+            scheduler.executor.shutdown_timeout = 2
+            scheduler.schedule(idle)
+        transaction.commit()
+        begun.wait(20)
+        exits.append(time.monotonic())
+        """
+    )
+    assert run.returncode == 0
+    assert 2 <= float(run.stdout) < 4
 
 
 @pytest.mark.slow
