@@ -253,6 +253,9 @@ class IJobTable(Interface):
     def get(sid: str) -> Any:
         """Return the `~pyramid_async.jobs.JobRecord`, or None when unknown or expired."""
 
+    def knows(sid: str) -> bool:
+        """Say whether the job was scheduled, though it may have expired by now."""
+
     def add(record: Any) -> None:
         """Insert a new record; two inserts of one sid conflict at commit.
 

@@ -250,10 +250,14 @@ class RamTable:
 
     def get(self, sid: str) -> JobRecord | None:
         """See IJobTable.  What others committed meanwhile is seen, unlike in the ZODB."""
-        record = self._changed.get(sid) or self._load(sid)
-        if record is None or sid in self._removed or record.expired(self.store.clock()):
-            return None
-        return record
+        record = self._find(sid)
+        return None if record is None or record.expired(self.store.clock()) else record
+
+    def knows(self, sid: str) -> bool:
+        return self._find(sid) is not None
+
+    def _find(self, sid: str) -> JobRecord | None:
+        return None if sid in self._removed else self._changed.get(sid) or self._load(sid)
 
     def _load(self, sid: str) -> JobRecord | None:
         # One dictionary look-up is atomic, and states are never changed in place.

@@ -129,15 +129,16 @@ class Scheduler:
         function = self.store.reference(f)
         table = self._table()
         sid = self._caller.new_sid()
-        if table.get(sid) is not None:
+        if table.knows(sid):
             return self._wake_after_commit(sid)  # only the reply to its commit was lost
         key = self._options.get("key")
         if key is not None:
             existing = self._unfinished(key, table)
             if existing is not None:
                 return existing
-            table.take_key(key, sid)
         table.add(self._record(sid, f, function, args, kw, table))
+        if key is not None:
+            table.take_key(key, sid)
         self.worker.changed(sid, ACCEPTED)
         return self._wake_after_commit(sid)
 

@@ -257,14 +257,18 @@ class ZodbTable:
         self.clock = clock
 
     def get(self, sid: str) -> JobRecord | None:
+        record = self._find(sid)
+        return None if record is None or record.expired(self.clock()) else record
+
+    def knows(self, sid: str) -> bool:
+        return self._find(sid) is not None
+
+    def _find(self, sid: str) -> JobRecord | None:
         shard = self.root.shard(sid)
         if shard is None:
             return None
-        for trees in (self.root.unfinished, self.root.finished):
-            record: JobRecord | None = trees[shard].get(sid)
-            if record is not None:
-                return None if record.expired(self.clock()) else record
-        return None
+        record: JobRecord | None = self.root.unfinished[shard].get(sid)
+        return self.root.finished[shard].get(sid) if record is None else record
 
     def add(self, record: JobRecord) -> None:
         self.root.unfinished[self.root.shard(record.sid)][record.sid] = record  # type: ignore[index]

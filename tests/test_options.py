@@ -13,7 +13,7 @@ from transaction.interfaces import TransientError
 from ZODB.POSException import ConflictError, ReadConflictError
 
 from pyramid_async import current_job
-from pyramid_async.interfaces import JobTimeout, NotSchedulable
+from pyramid_async.interfaces import JobTimeout, NotSchedulable, SchedulerFull
 from pyramid_async.ram import RamStore
 from pyramid_async.scheduler import Scheduler, executor_for
 from pyramid_async.worker import Worker
@@ -117,6 +117,16 @@ def test_an_aborted_schedule_leaves_its_key_free(system):
     first = scheduler.schedule(touch, system.root["log"])
     transaction.abort()
     assert scheduler.schedule(touch, system.root["log"]) != first
+    transaction.abort()
+
+
+def test_a_refused_schedule_leaves_its_key_free(system):
+    """Though its caller commits: the RAM store is full, the ZODB store cannot pickle a lock."""
+    system.worker.store.max_pending = 0
+    with pytest.raises((NotSchedulable, SchedulerFull)):
+        system.scheduler.using(key="nightly").schedule(touch, threading.Lock())
+    transaction.commit()
+    assert system.worker.store.table(transaction.manager).keyed("nightly") is None
     transaction.abort()
 
 

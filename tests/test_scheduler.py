@@ -718,6 +718,22 @@ def test_commit_whose_reply_is_lost_makes_one_job(web, key):
     assert len(web.ask(lambda scheduler: scheduler.jobs())) == 5
 
 
+@everywhere("ZODB, default, retry", "ZODB, explicit, retry")
+def test_commit_whose_reply_is_lost_makes_one_job_even_if_that_expired_meanwhile(web, key):
+    left = [1]
+
+    def schedule(request):
+        while web.executor.held:
+            web.executor.threads[0].join(0.005)
+        request.scheduler.using(result_timeout=0).schedule(note, key)
+        request.tm.get().join(LosesReply(left, ReplyLost()))
+
+    web.do(schedule)
+    web.run(give, 1)
+    web.run(give, 1)
+    assert CALLS[key] == [None]
+
+
 @in_both_stores
 def test_job_runs_although_the_reply_to_its_commit_was_lost_for_good(web, key):
     """The hook is told False; it is not believed."""
