@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import secrets
+from contextlib import suppress
 from typing import Any
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
+from transaction.interfaces import NoTransaction
 from ZODB.Connection import Connection
+
+from .interfaces import AsyncError
+from .transactional import OwnManager
 
 # Pid -> ids that were drawn and not used.  Not emptied by a hook of `os.fork`: a server that
 # forks in C (uWSGI) calls none.
@@ -98,14 +103,58 @@ class Connections:
         if theirs:
             return theirs[0]
         if ours is None:
-            ours = vars(tm)[self._name] = self.db.open(tm)
+            ours = vars(tm)[self._name] = self.db.open(tm if type(tm) is OwnManager else Kept(tm))
+        if type(tm) is not OwnManager:
+            self._check_at_commit(tm)
         return ours
+
+    def _check_at_commit(self, tm: Any) -> None:
+        """Have it found out that the caller opens another connection after us and writes to it."""
+        txn = tm.get()
+        try:
+            txn.data(self)
+        except KeyError:
+            txn.set_data(self, True)
+            txn.addBeforeCommitHook(self._check, (txn,))
+
+    def _check(self, txn: Any) -> None:
+        if sum(isinstance(r, Connection) and r.db() is self.db for r in txn._resources) > 1:
+            raise TwoConnections(self.db.database_name)
 
     def release(self, tm: Any) -> None:
         """Close the connection that we opened for a manager, if any; its transaction has ended."""
         ours = vars(manager_itself(tm)).pop(self._name, None)
         if ours is not None and ours.opened is not None:
             ours.close()
+
+
+class TwoConnections(AsyncError, RuntimeError):
+    """A transaction has written through two connections to one database (its name)."""
+
+    def __str__(self) -> str:
+        return (
+            f"two connections to the database {self.args[0]!r} take part in one transaction and"
+            " would wait for each other for ever: open yours before you use the scheduler, or use"
+            " request.scheduler, which has the connection of its request"
+        )
+
+
+class Kept:
+    """A manager of the caller's, for a connection of ours that stays open with it.
+
+    ``DB.close`` aborts the managers of all its connections, and fails where an explicit one has
+    no transaction.
+    """
+
+    def __init__(self, tm: Any) -> None:
+        self._tm = tm
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tm, name)
+
+    def abort(self) -> None:
+        with suppress(NoTransaction):
+            self._tm.abort()
 
 
 def manager_itself(tm: Any) -> Any:

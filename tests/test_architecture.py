@@ -25,10 +25,10 @@ HERE = Path(__file__).parent.parent / PACKAGE
 MAP = {
     "interfaces": ("", "zope"),
     "jobs": ("interfaces", "persistent"),
-    "process": ("", "ZODB"),
     "conflicts": ("", "ZODB"),
     "context": ("interfaces", "persistent transaction ZODB"),
     "transactional": ("", "transaction"),
+    "process": ("interfaces transactional", "transaction ZODB"),
     "application": ("interfaces", ""),
     "current": ("interfaces jobs process", ""),
     "ram": ("interfaces jobs process conflicts context", "persistent ZODB zope"),

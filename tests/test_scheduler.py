@@ -42,6 +42,7 @@ from pyramid_async import (
     current_job,
 )
 from pyramid_async.context import ObjectGone, PersistentContext
+from pyramid_async.process import TwoConnections
 from pyramid_async.scheduler import Scheduler
 from pyramid_async.transactional import transactional
 
@@ -1920,6 +1921,54 @@ def test_unbound_scheduler_keeps_no_connection_of_threads_that_have_ended(web):
         thread.join(10)
     gc.collect()
     assert open_connections() <= before + 1
+
+
+@everywhere("ZODB, default, retry", "ZODB, explicit, retry")
+def test_a_second_connection_that_writes_is_an_error_and_no_deadlock(web, key):
+    """The commit of one connection would wait for the other's to end."""
+    tm = transaction.TransactionManager(explicit=True)
+    tm.begin()
+    sid = web.scheduler.using(tm=tm).schedule(note, key)
+    second = web.databases[""].open(tm)
+    second.root()["written"] = True
+    with pytest.raises(TwoConnections, match="open yours before you use the scheduler"):
+        tm.commit()
+    tm.abort()
+    second.close()
+    assert web.ask(lambda scheduler: scheduler.completed(sid)) is None
+
+
+@with_zodb
+def test_a_second_connection_that_reads_harms_nothing(web, key):
+    tm = transaction.TransactionManager(explicit=True)
+    tm.begin()
+    sid = web.scheduler.using(tm=tm).schedule(note, key)
+    second = web.databases[""].open(tm)
+    dict(second.root())
+    tm.commit()
+    second.close()
+    web.wait(sid)
+
+
+@with_zodb
+def test_a_connection_that_was_open_before_is_used(web, key):
+    tm = transaction.TransactionManager(explicit=True)
+    connection = web.databases[""].open(tm)
+    tm.begin()
+    connection.root()["written"] = True
+    sid = web.scheduler.using(tm=tm).schedule(note, key)
+    tm.commit()
+    connection.close()
+    web.wait(sid)
+
+
+@with_zodb
+def test_database_closes_after_an_explicit_manager_was_used(web):
+    tm = transaction.TransactionManager(explicit=True)
+    with tm:
+        web.scheduler.using(tm=tm).completed("0" * 32)
+    web.executor.stop(2)
+    web.databases[""].close()
 
 
 def test_work_of_transact_is_repeated_after_a_conflict(zodb):
