@@ -56,6 +56,7 @@ class ThreadExecutor:
         self.worker.running.clear()
         self.queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.held: set[str] = set()  # sids that wait or run here
+        self._again: set[str] = set()  # those that were put once more meanwhile
         self.threads: list[threading.Thread] = []
 
     def wake(self, committed: bool, sid: str, queue: str | None = None) -> None:
@@ -70,10 +71,20 @@ class ThreadExecutor:
         """Queue a job; *seen* as in `Worker.run`."""
         if self._pid != os.getpid():
             self.start()  # nothing, once stopped
-        if sid in self.held or self.stopped or self.suspended or not self.room():
+        if self._is_held(sid) or self.stopped or self.suspended or not self.room():
             return
         self.held.add(sid)
         self.queue.put((sid, seen))
+
+    def _is_held(self, sid: str) -> bool:
+        """Say whether a thread has the job or will have it; then it looks once more at the end.
+
+        The first call may have come from an attempt of the request that did not commit, and a
+        worker be about to find nothing.
+        """
+        if sid in self.held:
+            self._again.add(sid)
+        return sid in self.held  # by now: who lets go of it looks after that at what is noted
 
     def room(self) -> int:
         """Return how many more jobs fit into the queue; recovery fetches what did not."""
@@ -112,7 +123,13 @@ class ThreadExecutor:
             except BaseException:
                 log.exception("job %r: the worker goes on", item[0])
             finally:
-                self.held.discard(item[0])
+                self._let_go(item[0])
+
+    def _let_go(self, sid: str) -> None:
+        self.held.discard(sid)
+        if sid in self._again:
+            self._again.discard(sid)
+            self.put(sid, "")
 
     def stop(self, timeout: float | None = None) -> None:
         """See IExecutor.  A durable store keeps the jobs that wait, and those that do not end."""

@@ -23,7 +23,7 @@ from zope.interface.verify import verifyObject
 
 from pyramid_async import IScheduler, current_job
 from pyramid_async.interfaces import IExecutor
-from pyramid_async.scheduler import PersistentTransactionalScheduler, TransactionalScheduler
+from pyramid_async.scheduler import Caller, PersistentTransactionalScheduler, TransactionalScheduler
 from pyramid_async.threads import ThreadExecutor, exit_on_sigterm
 from pyramid_async.worker import Worker
 from pyramid_async.zodb import OpenedBeforeFork, ZodbStore
@@ -250,6 +250,37 @@ def test_hook_never_raises_after_the_stop(db, key):
         sid = one.schedule(note, key)
         assert one.status(sid).status == "accepted"
         assert one.executor.held == set()
+
+
+@both_stores
+def test_wake_up_that_comes_while_nothing_is_found_is_not_lost(db, key, kind):
+    """The first one came from an attempt of the request that did not commit."""
+    looked, go = threading.Event(), threading.Event()
+    with process(kind, db, workers=1) as one:
+        run = one.worker.run
+
+        def slow(sid, seen=""):
+            found = run(sid, seen)
+            if not found:
+                looked.set()
+                go.wait(20)
+            return found
+
+        one.worker.run = slow
+        caller = Caller(new_sid=lambda: "ab" * 16)
+        for end in ("abort", "commit"):
+            tm = transaction.TransactionManager(explicit=True)
+            tm.begin()
+            one.scheduler.bind(tm, caller).schedule(note, key)
+            if end == "abort":
+                one.executor.wake(False, "ab" * 16)
+                tm.abort()
+                assert looked.wait(20)
+            else:
+                tm.commit()
+        go.set()
+        one.wait("ab" * 16)
+    assert CALLS[key] == [None]
 
 
 # -- stop ----------------------------------------------------------------------------------
