@@ -22,6 +22,9 @@ AGAIN = "pyramid_async.again"
 # Longest time that publishing may wait for a broker, seconds.
 BROKER_TIMEOUT = 1.0
 
+# The same for a worker, which also asks for a sign of life as often.
+WORKER_TIMEOUT = 10.0
+
 # Seconds after which a process rings again for a job that nobody began.
 PAUSE = 30.0
 
@@ -46,6 +49,9 @@ app.conf.update(
     worker_hijack_root_logger=False,
     worker_proc_alive_timeout=60.0,  # making the application takes longer than 4 s
     broker_connection_retry_on_startup=True,
+    broker_connection_max_retries=None,  # a broker may be away for long
+    # RabbitMQ closes the channel where a bell waited behind a long job for its consumer_timeout.
+    broker_channel_error_retry=True,
 )
 
 
@@ -218,14 +224,31 @@ class Bells:
 
 def connect(url: str) -> Any:
     """Return a connection to the broker on which nothing waits longer than BROKER_TIMEOUT."""
-    options: dict[str, Any] = {"max_retries": 1, "interval_start": 0, "interval_step": 0}
-    if url.startswith(("redis", "sentinel")):
-        options.update(socket_timeout=BROKER_TIMEOUT, socket_connect_timeout=BROKER_TIMEOUT)
-    else:
-        options.update(
-            read_timeout=BROKER_TIMEOUT, write_timeout=BROKER_TIMEOUT, confirm_publish=True
-        )
+    options = time_outs(url, BROKER_TIMEOUT)
+    options.update(max_retries=1, interval_start=0, interval_step=0, confirm_publish=True)
     # No heartbeat: nobody would send it while there is nothing to publish.
     return app.connection_for_write(
         url, connect_timeout=BROKER_TIMEOUT, heartbeat=0, transport_options=options
     )
+
+
+def listen(url: str, queue_name: str) -> None:
+    """Let Celery's workers take bells from there, and notice when a connection is dead.
+
+    A firewall that forgot it swallows everything, and TCP says nothing to who only listens.
+    """
+    app.conf.update(
+        broker_url=url,
+        task_default_queue=queue_name,
+        broker_heartbeat=WORKER_TIMEOUT,
+        broker_transport_options=time_outs(url, WORKER_TIMEOUT),
+    )
+
+
+def time_outs(url: str, seconds: float) -> dict[str, Any]:
+    """Return the options of a connection on which no answer is waited for any longer."""
+    names = ["read_timeout", "write_timeout"]
+    if url.startswith(("redis", "sentinel")):
+        # It has no heartbeat: the client asks in its place.
+        names = ["socket_timeout", "socket_connect_timeout", "health_check_interval"]
+    return dict.fromkeys(names, seconds)

@@ -29,10 +29,11 @@ from celery import signals
 from pyramid.config import global_registries
 from pyramid.exceptions import ConfigurationError
 from pyramid.paster import get_app, get_appsettings, setup_logging
+from pyramid.scripts.common import get_config_loader
 from zope.interface import implementer
 
 from .application import close_applications
-from .bells import AGAIN, BELL, Bells, app
+from .bells import AGAIN, BELL, Bells, app, listen
 from .interfaces import IExecutor, IExecutorFactory, IScheduler
 from .prefork import Signals
 from .settings import read_settings
@@ -297,15 +298,14 @@ def read_ini(options: dict[str, Any], **_: Any) -> None:
             settings = read_settings(get_appsettings(site.ini))
         except Exception as error:
             refuse(f"{site.ini}: {error}")
-        app.conf.update(
-            broker_url=settings["celery.broker"], task_default_queue=settings["celery.queue"]
-        )
+        listen(settings["celery.broker"], settings["celery.queue"])
+        if "loggers" in get_config_loader(site.ini).get_sections():
+            # Who takes this signal does it in Celery's place.
+            signals.setup_logging.connect(set_up_logging, weak=False)
 
 
-@signals.setup_logging.connect(weak=False)
 def set_up_logging(**_: Any) -> None:
-    if site.ini is not None:
-        setup_logging(site.ini)
+    setup_logging(site.ini)
 
 
 @signals.worker_init.connect(weak=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextvars import ContextVar
 from typing import Any
 
@@ -27,7 +28,7 @@ from .scheduler import Caller, Operation, RequestIds, Scheduler
 from .settings import BadSetting, read_settings
 from .threads import ThreadExecutor, exit_on_sigterm
 from .worker import Worker
-from .zodb import ZodbStore
+from .zodb import OpenedBeforeFork, ZodbStore
 
 # What a job has become -> the event that tells it.
 EVENTS = {
@@ -44,6 +45,8 @@ def setup(config: Any) -> None:
     config.include("pyramid_tm")
     if config.registry.settings.get("async.executor") == "celery":
         config.include("pyramid_async.celery")
+    # Above Pyramid's exception views, pyramid_tm and what else may open the ZODB.
+    config.add_tween("pyramid_async.config.fork_tween_factory")
     config.add_directive("add_operation", add_operation)
     config.add_directive("add_application", add_application)
     config.add_request_method(request_scheduler, "scheduler", reify=True)
@@ -168,6 +171,23 @@ def start(event: Any) -> None:
             )
         scheduler.store.install()
         executor.start()
+
+
+def fork_tween_factory(handler: Any, registry: Any) -> Any:
+    """Refuse every request of a child whose parent opened the ZODB, before its code uses it.
+
+    Where the server forks cannot be known: gunicorn alone says so.
+    """
+    store = registry.getUtility(IScheduler).store
+    if not isinstance(store, ZodbStore):
+        return handler
+
+    def refuse_after_fork(request: Any) -> Any:
+        if store.pid != os.getpid():
+            raise OpenedBeforeFork(store.pid, os.getpid())
+        return handler(request)
+
+    return refuse_after_fork
 
 
 def enlarge_pools(registry: Any, workers: int) -> None:
