@@ -20,6 +20,7 @@ MEASUREMENTS = (
     "recovery",
     "operating",
     "peers",
+    "rates",
 )
 PACKAGES = ("transaction", "ZODB", "pyramid", "waitress")
 

@@ -2,7 +2,8 @@
 
 A request commits a change in the ZODB and schedules a job that commits another one; it is done
 when another connection sees the job's change.  ZEO holds the ZODB; each contestant has two worker
-processes with one job at a time each.  `python -m benchmarks.peers NAME` is such a worker.
+processes with one job at a time each.  `python -m benchmarks.peers NAME` is such a worker.  Beside
+them, without an aim: this library's own threads, two of them in the process of the requests.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ LOOK = 0.001  # seconds between two looks for a job's change
 PATIENCE = 20.0
 NAME = "PEERS_NAME"  # of queues and databases, in the environment of workers
 PLACE = "PEERS_DIRECTORY"
+OURS = "ours"
+THREADS = "threads"  # ours as well
 
 ZODB_CONF = """%import ZEO
 <zodb>
@@ -97,11 +100,11 @@ def main(quick: bool) -> None:
         print(f"  {name:12} {rate:7,.0f} jobs/s {latency * 1000:8.1f} ms")
     rates = {name: [p.rate for p in paces] for name, paces in measured.items()}
     for name in [*present][1:]:
-        print_ratio(rates, Ratio("ours", name, 0.9))
+        print_ratio(rates, Ratio(OURS, name, None if name == THREADS else 0.9))
     print("Latency, the greater the slower:")
     latencies = {name: [p.latency for p in paces] for name, paces in measured.items()}
     for name in [*present][1:]:
-        print_ratio(latencies, Ratio("ours", name))
+        print_ratio(latencies, Ratio(OURS, name))
 
 
 # -- what is measured ------------------------------------------------------------------
@@ -159,7 +162,7 @@ def application(global_config: Any, contestant: str, **settings: Any) -> Any:
         config.include("pyramid_tm")
         config.include("pyramid_retry")
         config.include("pyramid_zodbconn")
-        if contestant == "ours":
+        if contestant in (OURS, THREADS):
             config.include("pyramid_async")
         config.registry.schedule = PEERS[contestant].schedule
         config.add_route("start", "/start")
@@ -184,13 +187,13 @@ def fulfil(slot: Slot, token: str) -> None:
 
 def work(number: int, token: str) -> None:
     """The job of the others: the same in a transaction of its own, with the process's ZODB."""
-    with database().transaction() as connection:
+    with database(os.environ[PLACE]).transaction() as connection:
         fulfil(connection.root()["slots"][number], token)
 
 
 @cache
-def database() -> Any:
-    return ZODB.config.databaseFromURL(str(Path(os.environ[PLACE], "zodb.conf")))
+def database(directory: str) -> Any:
+    return ZODB.config.databaseFromURL(str(Path(directory, "zodb.conf")))
 
 
 def after_commit(request: Any, call: Callable[[int, str], Any], number: int, token: str) -> None:
@@ -296,9 +299,10 @@ def work_procrastinate() -> None:
 class Peer(NamedTuple):
     schedule: Callable[..., None]
     package: str
-    service: str
+    service: str | None
     worker: Callable[[], None] | None
     processes: int  # to start; those of Celery and Dramatiq make two by themselves
+    settings: dict[str, Any] = {}
 
     @contextmanager
     def running(self, site: Site, name: str) -> Iterator[Any]:
@@ -309,7 +313,7 @@ class Peer(NamedTuple):
             stack.callback(remove_queues, name, site.name)
             for _ in range(self.processes):
                 stack.enter_context(program(site, *self.command(site, name)))
-            yield stack.enter_context(serving(site, name))
+            yield stack.enter_context(serving(site, name, self.settings))
 
     def command(self, site: Site, name: str) -> list[str]:
         if self.worker is not None:
@@ -320,7 +324,7 @@ class Peer(NamedTuple):
 
 
 PEERS = {
-    "ours": Peer(schedule_ours, "celery", "RabbitMQ", None, 1),
+    OURS: Peer(schedule_ours, "celery", "RabbitMQ", None, 1),
     "celery": Peer(
         after_commit_of(lambda: celery_task().delay), "celery", "RabbitMQ", work_celery, 1
     ),
@@ -337,6 +341,15 @@ PEERS = {
         work_procrastinate,
         2,
     ),
+    # It is not to look for lost jobs: it would run those that wait for our Celery workers.
+    THREADS: Peer(
+        schedule_ours,
+        "ZEO",
+        None,
+        None,
+        0,
+        {"async.executor": "threads", "async.maintenance_interval": 3600},
+    ),
 }
 
 
@@ -347,7 +360,7 @@ def can_run(name: str, peer: Peer) -> bool:
     except ImportError as error:
         print(f"  {name}: left out, {error}; pip install -e '.[bench]'")
         return False
-    if not listens(SERVICES[peer.service]):
+    if peer.service is not None and not listens(SERVICES[peer.service]):
         print(f"  {name}: left out, no {peer.service} on port {SERVICES[peer.service]}")
         return False
     return True
@@ -371,15 +384,22 @@ def surroundings(count: int) -> Iterator[Site]:
         server = ["-m", "ZEO.runzeo", "-a", f"127.0.0.1:{port}", "-f", file]
         stack.enter_context(program(Site(directory, name, None), *server))
         wait_until(lambda: listens(port), "ZEO")
-        db = database()
-        stack.callback(database.cache_clear)
+        db = database(directory)
         stack.callback(db.close)
-        with db.transaction() as connection:
-            connection.root()["slots"] = PersistentList(Slot() for _ in range(count))
-        connection = db.open(transaction.TransactionManager())
-        stack.callback(connection.close)
-        stack.callback(connection.transaction_manager.abort)
-        yield Site(directory, name, connection)
+        yield Site(directory, name, stack.enter_context(slots(db, count)))
+
+
+@contextmanager
+def slots(db: Any, count: int) -> Iterator[Any]:
+    """Slots in a database, and a connection that looks at them."""
+    with db.transaction() as connection:
+        connection.root()["slots"] = PersistentList(Slot() for _ in range(count))
+    connection = db.open(transaction.TransactionManager())
+    try:
+        yield connection
+    finally:
+        connection.transaction_manager.abort()
+        connection.close()
 
 
 @contextmanager
@@ -402,15 +422,16 @@ def program(site: Site, *arguments: str) -> Iterator[None]:
 
 
 @contextmanager
-def serving(site: Site, name: str) -> Iterator[Any]:
+def serving(site: Site, name: str, more: dict[str, Any]) -> Iterator[Any]:
+    """The application with the settings of the ini file and some more."""
     from pyramid.paster import get_appsettings
 
     settings = get_appsettings(str(Path(site.directory, "ours.ini")))
-    app = application({}, **{**settings, "contestant": name})
+    app = application({}, **{**settings, "contestant": name, **more})
     try:
         yield app
     finally:
-        if name == "ours":
+        if name in (OURS, THREADS):
             from pyramid_async.interfaces import IScheduler
 
             app.registry.getUtility(IScheduler).executor.stop(PATIENCE)
@@ -448,7 +469,7 @@ def remove_queues(name: str, prefix: str) -> None:
         for sid in queue.finished_job_registry.get_job_ids():
             queue.finished_job_registry.remove(sid, delete_job=True)
         queue.delete(delete_jobs=True)
-    elif name in {"ours", "celery", "dramatiq"}:
+    elif name in {OURS, "celery", "dramatiq"}:
         from kombu import Connection
 
         with Connection(AMQP) as connection:
