@@ -36,7 +36,7 @@ def crash(*arguments, jobs=500, kills=20):
     return done.returncode, done.stdout
 
 
-@pytest.mark.parametrize("storage", ["filestorage", "zeo", "relstorage"])
+@pytest.mark.parametrize("storage", ["filestorage", "zeo", "relstorage", "relstorage-hf"])
 def test_nothing_is_lost_or_doubled_by_twenty_kills(storage):
     status, summary = crash("--storage", storage)
     assert "nothing lost, nothing doubled" in summary
@@ -50,8 +50,14 @@ def test_taking_the_fence_out_lets_dismissed_jobs_take_effect():
 
 
 def test_committing_status_and_effects_apart_doubles_effects():
-    status, summary = crash("--control", "two-commits")
+    status, summary = crash("--control", "two-commits", jobs=200, kills=8)
     assert "took effect more than once" in summary
+    assert status == 1
+
+
+def test_without_recovery_jobs_are_never_finished():
+    status, summary = crash("--control", "no-recovery", "--patience", "10", jobs=60, kills=3)
+    assert "is not finished" in summary
     assert status == 1
 
 
@@ -65,6 +71,13 @@ def test_nothing_is_lost_or_doubled_over_celery(storage, broker):
 
 def test_taking_the_fence_out_is_found_out_over_celery_too():
     over_celery = ("--executor", "celery", "--storage", "zeo")
-    status, summary = crash("--control", "no-fence", *over_celery, jobs=400, kills=16)
-    assert "was dismissed and took effect" in summary
+    status, summary = crash("--control", "no-fence", *over_celery, jobs=300, kills=12)
+    assert "took effect" in summary
+    assert status == 1
+
+
+def test_committing_status_and_effects_apart_is_found_out_over_celery_too():
+    over_celery = ("--executor", "celery", "--storage", "zeo")
+    status, summary = crash("--control", "two-commits", *over_celery, jobs=200, kills=8)
+    assert "took effect" in summary
     assert status == 1

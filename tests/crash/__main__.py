@@ -26,6 +26,7 @@ def arguments():
     parser.add_argument("--jobs", type=int, default=500, help="acknowledged jobs")
     parser.add_argument("--kills", type=int, default=20, help="kills, spread over the run")
     parser.add_argument("--seed", type=int, default=None, help="repeats the choices of a run")
+    parser.add_argument("--patience", type=float, default=90, help="seconds without progress")
     parser.add_argument("--control", choices=CONTROLS, help="break the library; must fail")
     parser.add_argument("--keep", action="store_true", help="keep the directory of the run")
     given = parser.parse_args()
@@ -42,7 +43,7 @@ def main(given):
     begun = time.monotonic()
     storage = STORAGES[given.storage](directory, given.control)
     executor = EXECUTORS[given.executor](storage, given.broker, given.control, given.seed)
-    supervisor = Supervisor(storage, executor, given.jobs, given.kills, given.seed)
+    supervisor = Supervisor(storage, executor, given.jobs, given.kills, given.seed, given.patience)
     try:
         storage.start()
         executor.start()

@@ -134,7 +134,7 @@ class FarClient(Client):
         response = self.ask("GET", "/left")
         if response is None or response.status_code != 200:
             return BACKLOG
-        self.running = response.json["running"]
+        self.running = response.json["oldest"]
         return response.json["left"]
 
 

@@ -10,9 +10,11 @@ import time
 
 from pyramid_async.attempt import Attempt
 from pyramid_async.jobs import JobRecord
+from pyramid_async.recovery import Recovery
 
 DROPPED = 0.05
 DOUBLED = 0.05
+LONGEST_GAP = 0.05  # seconds between the two commits of a control
 
 
 def spoil_wake_ups(executor):
@@ -40,11 +42,20 @@ def commit_twice():
 
     def effects_then_status(self, value):
         self._commit()
-        time.sleep(random.uniform(0, 0.01))
+        time.sleep(random.uniform(0, LONGEST_GAP))
         self._begin()
         succeed(self, value)
 
     Attempt._succeed = effects_then_status
 
 
-CONTROLS = {"no-fence": take_the_fence_out, "two-commits": commit_twice}
+def rescue_nothing():
+    """Leave jobs where a kill or a lost wake-up left them."""
+    Recovery._rescue = lambda self, record, table: None
+
+
+CONTROLS = {
+    "no-fence": take_the_fence_out,
+    "two-commits": commit_twice,
+    "no-recovery": rescue_nothing,
+}

@@ -97,9 +97,13 @@ class CeleryWorker(Process):
             ["pgrep", "-P", str(self.running.pid)], capture_output=True, text=True
         )
         children = found.stdout.split()
-        if children:
+        if not children:
+            return False
+        try:
             os.kill(int(random.choice(children)), signal.SIGKILL)
-        return bool(children)
+        except ProcessLookupError:
+            return False  # it ended just now
+        return True
 
     def end(self, patience):
         self.running.send_signal(signal.SIGTERM)  # a warm shutdown

@@ -16,7 +16,6 @@ from .processes import CeleryWorker
 MOST_ENDS = 50  # of processes that nobody killed
 FREEZES = 0.2  # for each kill, where processes can be frozen
 STOPS = 0.1  # polite ones, for each kill
-PATIENCE = 90.0  # seconds without a new job, or until all have settled
 BY_ITSELF = "ended by itself"
 LOOK = 0.01  # seconds between two looks at the processes
 
@@ -45,10 +44,11 @@ class Journal:
 class Supervisor:
     """One run.  Touches the database before the processes start, and never while they run."""
 
-    def __init__(self, storage, executor, jobs, kills, seed):
+    def __init__(self, storage, executor, jobs, kills, seed, patience):
         self.storage = storage
         self.executor = executor
         self.jobs = jobs
+        self.patience = patience  # seconds without a new job, or until all have settled
         self.random = random.Random(seed)
         self.journal = Journal(storage.directory)
         self.accepted = 0
@@ -140,13 +140,13 @@ class Supervisor:
 
     def _wait(self, enough, act=lambda: None):
         """Call *act* again and again until it is *enough*; raise Stuck."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + self.patience
         while not enough():
             before = self.accepted
             self._look()
             act()
             if self.accepted > before:
-                deadline = time.monotonic() + PATIENCE
+                deadline = time.monotonic() + self.patience
             if time.monotonic() > deadline:
                 self._ask_where_they_are()
                 raise Stuck(f"{self.accepted} jobs accepted, {self.left} left, no progress")
@@ -182,7 +182,7 @@ class Supervisor:
     def _end(self):
         (self.storage.directory / STOP).touch()
         for process in self.processes:
-            process.end(PATIENCE)
+            process.end(self.patience)
 
     def _ask_where_they_are(self):
         for process in self.processes:
