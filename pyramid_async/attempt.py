@@ -6,11 +6,12 @@ import asyncio
 import inspect
 import time
 from collections.abc import Callable
+from functools import partial
 from pickle import PicklingError, UnpicklingError
 from typing import Any
 
 import transaction
-from transaction.interfaces import TransientError
+from transaction.interfaces import DoomedTransaction, TransientError
 from ZODB.POSException import InvalidObjectReference
 
 from .current import Job, running
@@ -59,6 +60,7 @@ class Unreliable(AsyncError, TransientError):
 # Errors that the next attempt would meet again: of the job's data, not of the storage.
 LASTING = (
     AttributeError,
+    DoomedTransaction,
     EOFError,
     ImportError,
     InvalidObjectReference,
@@ -109,6 +111,7 @@ class Attempt:
         self.result_timeout = result_timeout
         self.begun = begun  # called before the function is called for the first time
         self.unread: Exception | None = None  # what a load of an object raised
+        self._watched: list[Any] = []  # connections
 
     def run(self) -> None:
         """Call the function and commit effects, result and status together.
@@ -183,6 +186,8 @@ class Attempt:
 
         The function may have ended the transaction, so what the record says now counts.
         """
+        if manager_itself(self.surroundings.tm)._txn is None:
+            self.surroundings.begin()  # an explicit manager does not by itself
         job, record = self.job, self._read()
         if record is None or not record.belongs_to(job.holder, job.signature):
             raise JobDismissed(f"job {job.sid!r} was dismissed or is another worker's")
@@ -215,25 +220,27 @@ class Attempt:
     # -- loads that fail
 
     def _watch(self, connection: Any) -> None:
-        self._watched = connection
-        if connection is not None:
-            connection.setstate = self._watched_setstate
-            connection.get = self._watched_get
+        if connection is None or connection in self._watched:
+            return
+        self._watched.append(connection)
+        kind = type(connection)
+        connection.setstate = partial(self._load, kind.setstate, connection)
+        connection.get = partial(self._load, kind.get, connection)
+        connection.get_connection = partial(self._connection, kind.get_connection, connection)
 
     def _unwatch(self) -> None:
-        connection = getattr(self, "_watched", None)
-        if connection is not None:
-            del connection.setstate, connection.get
+        for connection in self._watched:
+            del connection.setstate, connection.get, connection.get_connection
 
-    def _watched_setstate(self, obj: Any) -> None:
-        self._load(type(self._watched).setstate, obj)
+    def _connection(self, method: Any, connection: Any, name: str) -> Any:
+        """Return the connection to another database, which is watched too."""
+        found = method(connection, name)
+        self._watch(found)
+        return found
 
-    def _watched_get(self, oid: bytes) -> Any:
-        return self._load(type(self._watched).get, oid)
-
-    def _load(self, method: Any, argument: Any) -> Any:
+    def _load(self, method: Any, connection: Any, argument: Any) -> Any:
         try:
-            return method(self._watched, argument)
+            return method(connection, argument)
         except LASTING:
             raise  # the function may expect it, and it tells the truth
         except Exception as error:

@@ -58,7 +58,7 @@ class Job:
             # 100 is for successful jobs, and progress never falls.
             percent = max(percent or 0, min(99, max(0, int(100 * done / total))))
             elapsed = self.clock() - self.started
-            self.remaining = elapsed * (total - done) / done if done > 0 else None
+            self.remaining = max(0.0, elapsed * (total - done) / done) if done > 0 else None
         text = self.message if message is None else str(message)[:MESSAGE_LIMIT]
         if (percent, text) != (self.percent, self.message):
             self.percent, self.message = percent, text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -47,8 +46,12 @@ class FileResult:
     filename: str | None = None
 
 
+# More seconds than anybody waits, and few enough for every time that is made of them.
+LONGEST = 1e10
+
+
 def _seconds(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LONGEST:
         raise ValueError
     return value
 
@@ -93,9 +96,9 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "title": (_text, "a text"),
     "queue": (_text, "a name"),
     "key": (_text, "a text"),
-    "run_after": (_moment, "seconds from now or a datetime with a time zone"),
-    "timeout": (_seconds, "seconds, 0 or more"),
-    "result_timeout": (_seconds, "seconds, 0 or more"),
+    "run_after": (_moment, "seconds from now, 0 to 1e10, or a datetime with a time zone"),
+    "timeout": (_seconds, "seconds, 0 to 1e10"),
+    "result_timeout": (_seconds, "seconds, 0 to 1e10"),
     "max_attempts": (_count, "a whole number from 1"),
     "retry_on": (_exceptions, "an exception class or several"),
 }
@@ -325,7 +328,7 @@ class JobStatus:
 
 
 # Visible changes of one attempt that a revision leaves room for.
-_TICKS = 1 << 20
+_TICKS = 1 << 40
 
 
 def status_of(record: JobRecord, live: Live | None = None) -> JobStatus:

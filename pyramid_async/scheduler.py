@@ -231,7 +231,7 @@ class Scheduler:
         return self._value(record, table), None
 
     def _exception(self, record: JobRecord, table: Any) -> BaseException:
-        with suppress(AttributeError, ImportError):  # its class is gone
+        with suppress(Exception):  # its class is gone, or is made in another way
             if record.exception is not None:
                 error: BaseException = self.store.unpack(record.exception, table)
                 return error
@@ -300,9 +300,11 @@ class Scheduler:
 
     def cancel(self, sid: str) -> bool:
         """See IScheduler."""
-        record = self._table().get(sid)
+        table = self._table()
+        record = table.get(sid)
         if record is None or record.done:
             return False
+        record.reach(self._status(record, table).progress)
         record.finish(DISMISSED, self.store.clock(), self.worker.result_timeout)
         self._tm_in_use().get().addBeforeCommitHook(self._confirm_dismissal, (sid,))
         self.worker.changed(sid, DISMISSED)

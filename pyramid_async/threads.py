@@ -12,8 +12,10 @@ import threading
 import time
 from typing import Any
 
+import transaction
 from zope.interface import implementer
 
+from .attempt import end
 from .interfaces import IExecutor
 
 log = logging.getLogger(__name__)
@@ -123,6 +125,8 @@ class ThreadExecutor:
             except BaseException:
                 log.exception("job %r: the worker goes on", item[0])
             finally:
+                # Where a job has another manager, what it left in this one would be the next job's.
+                end(transaction.manager)
                 self._let_go(item[0])
 
     def _let_go(self, sid: str) -> None:

@@ -91,19 +91,22 @@ class Worker:
         Returns False when there is nothing to claim any more.
         """
 
-        def lose(table: Any) -> str | None:
+        def lose(table: Any) -> Failure | bool:
             record = table.get(sid)
             if record is None or record.done:
-                return None
-            if record.signature == seen and not self._is_over(record, table):
+                return False
+            if record.signature == seen:
+                failure = self._give_up(record, table)
+                if failure is not None:
+                    return failure
                 self._reach(record, table)
                 record.lose(self.store.clock())
-            return str(record.status)
+            return bool(record.status == ACCEPTED)
 
-        status = transact(self.store, lose)
-        if status == FAILED:
-            self.tell(sid, FAILED)
-        return bool(status == ACCEPTED)
+        free = transact(self.store, lose)
+        if isinstance(free, Failure):
+            self._tell_lost(sid, free)
+        return free is True
 
     def interrupt(self, sid: str, reason: Any) -> None:
         """Tell the job, if it runs here."""
@@ -128,7 +131,7 @@ class Worker:
     def _claim(self, job: Job, seen: str | None) -> bool:
         """Take over a job by writing its record; return False when somebody else has it."""
 
-        def claim(table: Any) -> float | str | bool:
+        def claim(table: Any) -> float | Failure | bool:
             record = table.get(job.sid)
             if record is None:
                 raise NotOurs(None)
@@ -143,16 +146,17 @@ class Worker:
         taken = transact(self.store, claim)
         if isinstance(taken, float):
             self.later(taken, job.sid)
-        elif taken == FAILED:
-            self._tell(job, FAILED)
+        elif isinstance(taken, Failure):
+            self._tell_lost(job.sid, taken)
         return taken is True
 
-    def _take(self, record: JobRecord, job: Job, table: Any) -> str | bool:
-        """Claim the job and return True, or end it and return its status."""
+    def _take(self, record: JobRecord, job: Job, table: Any) -> Failure | bool:
+        """Claim the job and return True, or end it and return why."""
         if record.signature is None and table.runner(record) is not None:
             record.attempts += 1  # it needed no claim, but it was seen to run
-        if self._is_over(record, table):
-            return FAILED
+        failure = self._give_up(record, table)
+        if failure is not None:
+            return failure
         if record.holder is None and self.holder is None:
             record.contested = True  # who answered an earlier bell may only be frozen
         self._reach(record, table)
@@ -163,21 +167,25 @@ class Worker:
         live = table.live(record)
         record.reach(live and live.percent)
 
-    def _is_over(self, record: JobRecord, table: Any) -> bool:
-        """Fail a job whose runners died too often; the reason tells what was seen."""
+    def _give_up(self, record: JobRecord, table: Any) -> Failure | None:
+        """Fail a job whose runners died too often, and return the reason: what was seen."""
         if record.attempts < record.option("max_attempts", self.max_attempts):
-            return False
+            return None
         reason = (
             f"{record.attempts} attempts ended without a word; the last worker was"
             f" {table.last_seen(record.holder or table.runner(record))}"
         )
-        log.error("job %r failed: %s", record.sid, reason)
         now = self.store.clock()
         if record.status == ACCEPTED:
             record.move(RUNNING, now)
-        record.failure = Failure("JobLost", reason, "", token_hex(6))
+        record.failure = failure = Failure("JobLost", reason, "", token_hex(6))
+        self._reach(record, table)
         record.finish(FAILED, now, self.result_timeout)
-        return True
+        return failure
+
+    def _tell_lost(self, sid: str, failure: Failure) -> None:
+        log.error("job %r failed, errorID %s: %s", sid, failure.error_id, failure.message)
+        self.tell(sid, FAILED)
 
     # -- run
 
@@ -199,7 +207,10 @@ class Worker:
                     log.info("job %r: again in %.2f s after %s", job.sid, pause, why)
                     time.sleep(pause)
                     continue
-                self._fail(job, error, self.store.explain(error))
+                if isinstance(error, Unreliable):
+                    self._fail(job, error.__cause__ or error)
+                else:
+                    self._fail(job, error, self.store.explain(error))
             except JobDismissed as error:
                 log.info("%s", error)
             except JobStopped as error:
@@ -269,9 +280,9 @@ class Worker:
         if record.status == ACCEPTED:
             record.claim(self.store.process, job.signature, job.started)
         record.failure = failure
+        record.reach(job.percent)
         if self._may_retry(record, error):
             again = now + next(backoff(1, 2.0**record.attempts, most=LONGEST_DELAY))
-            record.reach(job.percent)
             record.retry(now, again, self.holder)
             return ACCEPTED, again
         record.exception = self._storable(error, table)

@@ -39,7 +39,7 @@ MAP = {
     ),
     "attempt": ("interfaces jobs process context transactional current", "transaction ZODB"),
     "worker": ("interfaces jobs context transactional current attempt", "transaction"),
-    "threads": ("interfaces current worker", "zope"),
+    "threads": ("interfaces current attempt worker", "transaction zope"),
     "recovery": ("interfaces jobs transactional current", "persistent"),
     "scheduler": (
         "interfaces jobs process context transactional current ram zodb worker threads recovery",

@@ -97,6 +97,15 @@ def raise_temporary():
     raise TemporaryError("of a class that goes")
 
 
+class Changing(Exception):
+    def __init__(self, one):
+        super().__init__(one)
+
+
+def raise_changing(text):
+    raise Changing(text)
+
+
 def still_works(one, key):
     """Tell whether a job runs from schedule to result."""
     sid = one.run(note, key, "neighbour")
@@ -318,6 +327,16 @@ def test_exception_whose_class_is_gone_can_still_be_told(durable, key, monkeypat
     assert value is None
     assert type(error) is JobFailed
     assert str(error) == "TemporaryError: of a class that goes"
+
+
+def test_exception_that_is_made_in_another_way_by_now_can_still_be_told(durable, monkeypatch):
+    sid = durable.run(raise_changing, "what it was")
+
+    def take_two(self, one, two):
+        """As an upgrade of the application leaves it."""
+
+    monkeypatch.setattr(Changing, "__init__", take_two)
+    assert durable.result(sid)[1].args == ("Changing", "what it was")
 
 
 def test_argument_whose_class_is_gone_fails_its_job_alone(durable, key, monkeypatch):

@@ -13,6 +13,7 @@ from bare import Clock, together
 import pyramid_async.current
 from pyramid_async import JobDismissed, JobStopped, JobTimeout, current_job
 from pyramid_async.current import MESSAGE_LIMIT, Changes, Job, running
+from pyramid_async.jobs import JobRecord, status_of
 
 SID = "0123456789abcdef0123456789abcdef"
 
@@ -163,6 +164,24 @@ def test_estimate_grows_from_the_time_that_the_done_part_took(job, clock):
     clock.now += 8
     job.progress(8, 10)
     assert job.remaining == 4
+
+
+def test_estimate_of_more_than_all_is_nothing(job, clock):
+    clock.now += 8
+    job.progress(20, 10)
+    assert (job.percent, job.remaining) == (99, 0)
+
+
+def test_no_number_of_visible_changes_is_like_that_of_a_change_of_the_record(job, clock):
+    record = JobRecord(SID, clock(), "module:function")
+    record.move("running", clock())
+    before = status_of(record, job.live()).revision
+    job.ticks += 100_000_000_000  # ten a millisecond for half a year
+    during = status_of(record, job.live()).revision
+    job.progress(1, 2)
+    assert before < during < status_of(record, job.live()).revision
+    record.finish("successful", clock(), 60)
+    assert status_of(record).revision > during
 
 
 def test_visible_changes_are_counted_and_dated(job, clock):

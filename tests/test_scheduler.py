@@ -9,6 +9,7 @@ import logging
 import threading
 from collections import defaultdict
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import product
 from uuid import uuid4
 
@@ -24,10 +25,10 @@ from pyramid.response import Response
 from pyramid.threadlocal import get_current_registry, get_current_request
 from pyramid.threadlocal import manager as threadlocals
 from pyramid_zodbconn import get_connection
-from transaction.interfaces import TransientError
+from transaction.interfaces import DoomedTransaction, TransientError
 from webapp import GATES, Barrier, Policy, gate
 from webtest import TestApp
-from ZODB.POSException import ConflictError
+from ZODB.POSException import ConflictError, ReadConflictError
 from zope.interface.verify import verifyObject
 
 from pyramid_async import (
@@ -1178,6 +1179,8 @@ BAD_OPTIONS = [
     dict(timeout=float("inf")),
     dict(timeout=True),
     dict(result_timeout=-1),
+    dict(result_timeout=2**62),  # no time could be made of the end
+    dict(run_after=10**30),
     dict(max_attempts=0),
     dict(max_attempts=1.5),
     dict(max_attempts=True),
@@ -1209,6 +1212,104 @@ def test_timeout_ends_the_job_as_failed_at_its_next_check(web, key, at):
     assert web.status(sid).status == "failed"
     assert web.status(sid).failure.class_name == "JobTimeout"
     assert [type(error).__name__ for error in CALLS[key]] == ["JobTimeout"]
+
+
+# -- jobs that do something with their transaction -------------------------------------------
+
+
+def half_read(key, database, by_oid):
+    """Swallow an error of the first load, and commit what came of it."""
+    request = current_job().request
+    primary = get_connection(request)
+    connection = primary.get_connection(database)
+    thing = connection.root()["thing"]
+    oid = thing._p_oid
+    thing._p_deactivate()
+    if by_oid:
+        del thing  # a ghost that nobody refers to leaves the cache
+    if not CALLS[key]:
+        connection._storage.load = partial(refuse_to_load, key)
+    note(key, "called")
+    try:
+        read = connection.get(oid).name if by_oid else thing.name
+    except ReadConflictError:
+        read = "half of the truth"
+    finally:
+        vars(connection._storage).pop("load", None)
+    primary.root()["read"] = read
+
+
+def refuse_to_load(key, oid):
+    note(key, "refused")
+    raise ReadConflictError
+
+
+@pytest.mark.parametrize("by_oid", [False, True], ids=["state", "oid"])
+@pytest.mark.parametrize("database", ["", "other"])
+@everywhere("two ZODBs, explicit, retry", "two ZODBs, default, once")
+def test_job_that_swallowed_a_failed_load_is_repeated(web, key, database, by_oid):
+    web.make(database=database)
+    web.run(half_read, key, database, by_oid)
+    assert CALLS[key] == ["called", "refused", "called"]
+    assert web.read(lambda root: root["read"]) == "thing"
+
+
+def end_transaction(how, begins):
+    request = current_job().request
+    get_connection(request).root()["before"] = True
+    getattr(request.tm, how)()
+    if begins:
+        request.tm.begin()
+        get_connection(request).root()["after"] = True
+    return how
+
+
+@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize("how", ["commit", "abort"])
+@with_zodb
+def test_job_that_ends_its_transaction_by_itself_succeeds(web, how, begins):
+    assert web.run(end_transaction, how, begins) == how
+    assert web.read(lambda root: ("before" in root, "after" in root)) == (how == "commit", begins)
+
+
+def ruin_commit(key, how):
+    note(key, how)
+    txn = current_job().request.tm.get()
+    if how == "doom":
+        txn.doom()
+    else:
+        txn.addBeforeCommitHook(fail, ("in the hook",))
+
+
+@in_both_stores
+def test_job_that_dooms_its_transaction_fails_at_once(web, key):
+    assert isinstance(web.fails(ruin_commit, key, "doom"), DoomedTransaction)
+    assert CALLS[key] == ["doom"]
+
+
+@in_both_stores
+def test_error_of_the_commit_is_told_as_it_was_raised(web, key):
+    """It could have been the storage's, so the attempt is repeated a few times."""
+    assert isinstance(web.fails(ruin_commit, key, "hook"), ZeroDivisionError)
+    assert CALLS[key] == ["hook"] * 3
+
+
+def leave_something_behind(key):
+    transaction.get().addAfterCommitHook(lambda committed: note(key, "a later job committed it"))
+    raise ZeroDivisionError
+
+
+def commit_thread():
+    transaction.commit()
+
+
+@in_both_stores
+def test_what_a_job_leaves_in_the_threads_own_transaction_is_gone(web, key):
+    for _ in web.executor.threads or [None]:
+        web.fails(leave_something_behind, key)
+    for _ in range(4):
+        web.run(commit_thread)
+    assert CALLS[key] == []
 
 
 @in_both_stores

@@ -124,6 +124,13 @@ def stop_once(key):
         raise JobStopped("the process stops")
 
 
+def progress_of_attempts(key, *percents):
+    percent = percents[current_job().attempt - 1]
+    CALLS[key].append(percent)
+    current_job().progress(percent, 100)
+    raise KeyError
+
+
 def progress(name, steps):
     for step in range(steps):
         current_job().progress(step, steps, f"step {step}")
@@ -767,6 +774,48 @@ def test_job_that_kills_its_workers_ends_failed(one, key):
     assert value is None
     assert type(error) is JobFailed
     assert "3 attempts ended without a word" in str(error)
+
+
+def test_id_of_the_error_that_the_user_sees_is_in_the_log(one, key, caplog):
+    claimed, freed = (one.schedule(count, ROOT, key) for _ in range(2))
+    one.worker.run(claimed, one.die(claimed, attempts=3))
+    one.worker.free(freed, one.die(freed, attempts=3))
+    for sid in (claimed, freed):
+        [line] = [r.getMessage() for r in caplog.records if sid in r.getMessage()]
+        assert f"errorID {one.status(sid).failure.error_id}: 3 attempts ended" in line
+
+
+def test_progress_never_falls(one, key):
+    """Not by a second attempt that begins anew, nor by its failure."""
+    sid = one.schedule(progress_of_attempts, key, 60, 20, retry_on=KeyError, max_attempts=2)
+    one.worker.run(sid)
+    assert one.status(sid).progress == 60
+    one.record(sid, run_after=None)
+    one.worker.run(sid)
+    assert CALLS[key] == [60, 20]
+    assert (one.status(sid).status, one.status(sid).progress) == ("failed", 60)
+
+
+def test_progress_of_the_last_attempt_is_kept_too(one, key):
+    sid = one.schedule(progress_of_attempts, key, 20, 60, retry_on=KeyError, max_attempts=2)
+    one.worker.run(sid)
+    one.record(sid, run_after=None)
+    one.worker.run(sid)
+    assert (one.status(sid).status, one.status(sid).progress) == ("failed", 60)
+
+
+def test_progress_is_kept_by_a_dismissal(one, at):
+    sid = one.schedule(progress, at, 4)
+    thread = threading.Thread(target=one.worker.run, args=[sid])
+    thread.start()
+    GATES[at].reach()
+    job = one.worker.running[sid]
+    job.progress(75, 100)
+    assert one.cancel(sid)
+    assert one.status(sid).progress == 75
+    GATES[at].opened.set()
+    thread.join(10)
+    assert one.status(sid).progress == 75
 
 
 def test_reason_names_the_worker_and_its_last_sign_of_life(durable, key):
