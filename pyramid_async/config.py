@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextvars import ContextVar
 from typing import Any
 
@@ -162,21 +163,29 @@ def start(event: Any) -> None:
     enlarge_pools(registry, executor.workers)
     exit_on_sigterm()
     if isinstance(scheduler.store, ZodbStore):
-        if is_gunicorn_master():
+        if will_fork():
             # A request of a child could hang on a forked ZEO client before it meets our own check.
             raise ConfigurationError(
-                "gunicorn --preload opens the ZODB and then forks, where a forked FileStorage"
-                " destroys data and a forked ZEO client hangs; make the application after the"
-                " fork: gunicorn without --preload"
+                "gunicorn --preload and uWSGI without lazy-apps open the ZODB and then fork,"
+                " where a forked FileStorage destroys data and a forked ZEO client hangs; make"
+                " the application after the fork: gunicorn without --preload, uWSGI with lazy-apps"
             )
         scheduler.store.install()
         executor.start()
 
 
+def will_fork() -> bool:
+    """Say whether this process only forks those that serve, where its server tells."""
+    uwsgi = sys.modules.get("uwsgi")
+    if uwsgi is None:
+        return is_gunicorn_master()
+    return uwsgi.worker_id() == 0 and bool(uwsgi.masterpid() or uwsgi.numproc > 1)
+
+
 def fork_tween_factory(handler: Any, registry: Any) -> Any:
     """Refuse every request of a child whose parent opened the ZODB, before its code uses it.
 
-    Where the server forks cannot be known: gunicorn alone says so.
+    For servers that `will_fork` does not know.
     """
     store = registry.getUtility(IScheduler).store
     if not isinstance(store, ZodbStore):

@@ -1082,24 +1082,10 @@ def test_celery_worker_has_one_application_in_each_pool_process_and_closes_it(
 # The example of the documents.
 KENNEL = (ROOT / "docs" / "examples" / "kennel.py").read_text("utf-8")
 
-KENNEL_TASKS = (
-    TASKS[: TASKS.index("@celery.task")]
-    + """
-@celery.task
-def use():
-    import served
-    from pyramid.scripting import prepare
-    with prepare(registry=served.app.registry) as environment:
-        request = environment["request"]
-        request.kennel.teach(request.kennel.register("Fido"), "sit")
-    served.log("served")
-"""
-)
-
 COUNT_EVENTS = """
-from served import app
-from pyramid_async.application import get_application
-log = get_application(app.registry, "kennel").notification_log
+import kennel
+application = kennel.kennel(None)
+log = application.notification_log
 total = last = 0
 while events := log.select(start=last + 1, limit=10):
     total, last = total + len(events), events[-1].id
@@ -1110,14 +1096,9 @@ print(total)
 @pytest.mark.services
 @needs("eventsourcing")
 @needs("gunicorn")
-@needs("celery")
-def test_eventsourcing_application_stores_each_event_once_from_views_jobs_and_celery(
-    celery_directory, wait_for
-):
-    directory = celery_directory
-    (directory.path / "served.py").write_text(KENNEL)
-    (directory.path / "tasks.py").write_text(KENNEL_TASKS)
-    directory.start(f"{GUNICORN} --threads 16 --preload")
+def test_eventsourcing_application_stores_each_event_once_from_views_and_jobs(directory, wait_for):
+    (directory.path / "kennel.py").write_text(KENNEL)
+    directory.start(f"{GUNICORN} --threads 16 --preload".replace("served:app", "'kennel:main()'"))
     wait_for((directory.path / "socket").exists, 20)
     wait_for(lambda: requests_reach(2, directory, 202), 20)
     wait_for(lambda: len(directory.pids("taught")) == len(directory.pids("served")), 20)
@@ -1125,11 +1106,6 @@ def test_eventsourcing_application_stores_each_event_once_from_views_jobs_and_ce
         sorted(directory.pids("made")) == directory.serving() == sorted({*directory.pids("taught")})
     )
     directory.stop()
-    assert sorted(directory.pids("closed")) == directory.serving()
-    directory.start(CELERY)
-    wait_for(lambda: tasks_reach(2 + 2, directory, wait_for), 20)
-    directory.stop()
-    assert sorted(directory.pids("made")) == directory.serving()
     assert sorted(directory.pids("closed")) == directory.serving()
     # Each dog was registered and learned a trick.
     assert int(directory.run(COUNT_EVENTS)) == 2 * len(directory.pids("served"))

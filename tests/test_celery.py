@@ -11,14 +11,18 @@ import json
 import os
 import signal
 import socket
+import sqlite3
+import struct
 import subprocess
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from uuid import uuid4
 
@@ -39,6 +43,7 @@ from pyramid_async.prefork import Signals, in_function
 
 DEPLOYMENT = Path(__file__).parent / "deployment"
 ROOT = DEPLOYMENT.parent.parent
+KENNEL = ROOT / "docs" / "examples" / "kennel.py"
 GUIDE = ROOT / "docs" / "deployment.rst"
 RABBITMQ, REDIS = BROKERS["amqp"], BROKERS["redis"]
 PATIENCE = 20.0
@@ -266,6 +271,31 @@ def test_a_job_that_is_passed_over_for_long_is_rung_for_all_the_same(broker, mon
         assert len(messages(web.scheduler.settings["celery.queue"], broker)) == 2
 
 
+def test_recovery_rings_in_the_queue_that_a_job_was_scheduled_with(broker):
+    other = uuid4().hex
+    with client(broker) as web:
+        executor, queue = web.scheduler.executor, web.scheduler.settings["celery.queue"]
+        web.start(echo, queue=other)
+        until(lambda: messages(other, broker))
+        executor.bells._rung.clear()
+        executor.grace = -1.0  # it has waited long enough
+        executor.recovery.look()
+        executor.stop(5)
+        assert [task for _, _, task in messages(other, broker)] == [AGAIN]
+        assert messages(queue, broker) == []
+
+
+@pytest.mark.parametrize("reason", ["suspended", "ends"])
+def test_who_takes_no_jobs_leaves_a_job_to_others(reason, broker):
+    with client(broker) as web:
+        executor = web.scheduler.executor
+        executor.recovery.stop(5)  # it would notice that all is well
+        setattr(executor, reason, True)
+        sid = sid_of(web.start(echo))
+        executor.answer(sid, again=False)
+        assert web.scheduler.transact(lambda s: s.status(sid)).status == "accepted"
+
+
 class Closed:
     """A connection that was closed behind our back."""
 
@@ -394,6 +424,11 @@ def test_whoever_can_write_to_the_broker_reaches_the_bells():
     assert not module.app.conf.task_acks_late
 
 
+def test_a_worker_waits_for_its_broker_without_end():
+    # Celery's own limit is reached after the better part of an hour.
+    assert module.app.conf.broker_connection_max_retries is None
+
+
 def test_code_outside_of_a_job_is_not_interrupted_by_a_signal():
     assert not in_function(sys._getframe())
 
@@ -496,6 +531,7 @@ class Door:
         self.behind = (host, port)
         self.open = True
         self.pairs = []
+        self.swallowed = []
         self.server = socket.create_server(("127.0.0.1", 0))
         self.port = self.server.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -520,6 +556,8 @@ class Door:
     def _carry(self, source, target):
         with suppress(OSError):
             while data := source.recv(65536):
+                if any(source in pair for pair in self.swallowed):
+                    continue
                 while self.open == "black hole":
                     time.sleep(0.02)
                 if self.open == "slow":
@@ -534,6 +572,15 @@ class Door:
         self.open = how
         if how is not True and how != "black hole":
             self.cut()
+
+    def swallow(self):
+        """Let the present connections stay open and pass nothing on, as a firewall does."""
+        self.swallowed = list(self.pairs)
+
+    def say(self, data):
+        """Let the broker say something on the present connections."""
+        for near, _ in self.pairs:
+            near.sendall(data)
 
     def cut(self):
         pairs, self.pairs = self.pairs, []
@@ -601,9 +648,8 @@ class Deployment:
         self.start_zeo()
 
     def start_zeo(self):
-        server = self.start("-m", "ZEO.runzeo", "-C", "zeo.conf")
+        self.zeo = self.start("-m", "ZEO.runzeo", "-C", "zeo.conf")
         until(lambda: listens(self.zeo_port), what="ZEO")
-        return server
 
     def use_file(self):
         pass
@@ -638,12 +684,12 @@ class Deployment:
 
     # -- processes
 
-    def start(self, *arguments, log="log"):
-        """Start a Python program in the directory."""
+    def start(self, *arguments, log="log", program=sys.executable):
+        """Start a program in the directory, Python by default."""
         path = os.pathsep.join([str(self.directory), str(ROOT)])
         with open(self.directory / log, "ab") as out:
             process = subprocess.Popen(
-                [sys.executable, *arguments],
+                [program, *arguments],
                 cwd=self.directory,
                 env={**os.environ, "PYTHONPATH": path, "C_FORCE_ROOT": "1"},
                 stdout=out,
@@ -655,6 +701,11 @@ class Deployment:
     def log(self, name="log"):
         path = self.directory / name
         return path.read_text() if path.exists() else ""
+
+    def pids(self, event):
+        """Return the ids of the processes that logged the event, one for each time."""
+        lines = (line.split() for line in self.log().splitlines())
+        return [int(line[1]) for line in lines if line[0] == event]
 
     def worker(self, *options, wait=True):
         """Start a Celery worker as the guide says, and wait until it takes jobs."""
@@ -678,6 +729,21 @@ class Deployment:
         )
         until(lambda: listens(port) or process.poll() is not None, what="gunicorn")
         return process, f"http://127.0.0.1:{port}"
+
+    def uwsgi(self, ini="production.ini", *options):
+        """Start uWSGI with two processes; return its URL."""
+        port = unused_port()
+        text = f"from pyramid.paster import get_app\napp = get_app({ini!r})\n"
+        (self.directory / "served.py").write_text(text)
+        self.start(
+            *("--http-socket", f"127.0.0.1:{port}", "--module", "served:app"),
+            *("--virtualenv", sys.prefix, "--enable-threads", "--threads", "4"),
+            *("--master", "--processes", "2", "--die-on-term", *options),
+            log="uwsgi",
+            program=Path(sys.executable).with_name("uwsgi"),
+        )
+        until(lambda: "spawned uWSGI worker 2" in self.log("uwsgi"), what="uWSGI")
+        return f"http://127.0.0.1:{port}"
 
     def web(self):
         """A web process: this one."""
@@ -869,6 +935,46 @@ def test_a_slow_broker_slows_no_request(deploy):
         web.ended_well(web.sell(), timeout=40)
 
 
+@services
+@slow
+@pytest.mark.parametrize(("broker", "pool"), [(RABBITMQ, "prefork"), (REDIS, "threads")])
+def test_a_worker_whose_connection_died_silently_connects_anew(broker, pool, deploy):
+    port = 5672 if broker == RABBITMQ else 6379
+    with closing(Door("127.0.0.1", port)) as door:
+        site = deploy("zeo", broker.replace(str(port), str(door.port)))
+        web = site.web()
+        site.worker("-P", pool)
+        web.ended_well(web.sell())
+        door.swallow()
+        # The publisher notices within a second or two; a worker cannot tell it from a quiet hour.
+        web.ended_well(web.sell(), timeout=48)
+
+
+# RabbitMQ closes channel 1: PRECONDITION_FAILED, as after its consumer_timeout.
+CLOSE = struct.pack(">HHHB", 20, 40, 406, 19) + b"PRECONDITION_FAILED" + struct.pack(">HH", 0, 0)
+CLOSE_CHANNEL = struct.pack(">BHI", 1, 1, len(CLOSE)) + CLOSE + b"\xce"
+
+
+@services
+@slow
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_a_worker_goes_on_when_the_broker_takes_back_what_waited_too_long(pool, deploy):
+    with closing(Door("127.0.0.1", 5672)) as door:
+        site = deploy("zeo", RABBITMQ.replace("5672", str(door.port)))
+        web = site.web()
+        worker = site.worker("-P", pool, "-c", "1")
+        web.ended_well(web.sell())  # it swallows what it reads first
+        long = web.sell(directory=site.directory)
+        run_by(site.directory, long)
+        waiting = [web.sell() for _ in range(2)]
+        door.say(CLOSE_CHANNEL)
+        until(lambda: "PRECONDITION_FAILED" in site.log(worker.log))
+        (site.directory / "go").touch()
+        web.ended_well(long, *waiting, web.sell())
+        assert web.status(long).attempts == 1
+        assert worker.poll() is None
+
+
 # -- services: limits and ends -------------------------------------------------------------
 
 
@@ -971,6 +1077,19 @@ def test_a_cold_shutdown_ends_a_job_that_never_checks(deploy):
 
 @services
 @slow
+def test_a_pool_may_grow_and_renew_its_processes(deploy):
+    site = deploy()
+    web = site.web()
+    worker = site.worker("--autoscale", "4,1", "--max-tasks-per-child", "3")
+    sids = [web.sell() for _ in range(30)]
+    web.ended_well(*sids)
+    results = web.scheduler.transact(lambda s: [s.get_result(sid) for sid in sids])
+    assert max(Counter(value["process"] for _, value in results).values()) <= 3
+    assert site.end(worker) == 0
+
+
+@services
+@slow
 def test_an_upgrade_fails_the_jobs_that_it_forgot_and_no_others(deploy):
     site = deploy()
     web = site.web()
@@ -1013,6 +1132,29 @@ def test_a_worker_that_is_set_up_wrongly_ends_and_says_why(what, deploy):
     worker = site.worker(wait=False)
     assert worker.wait(20) == 1
     assert reason in site.log(worker.log)
+
+
+@services
+@slow
+@pytest.mark.parametrize("pool", ["prefork", "solo"])
+def test_a_worker_whose_database_is_down_ends_and_says_why(pool, deploy):
+    site = deploy()
+    site.end(site.zeo, signal.SIGKILL)
+    site.edit("zodb.conf", {"wait-timeout 10": "wait-timeout 2"})
+    worker = site.worker("-P", pool, wait=False)
+    assert worker.wait(30) == 1
+    assert "the worker stops, for production.ini gives no application" in site.log(worker.log)
+    assert "ClientDisconnected" in site.log(worker.log)
+
+
+@services
+@slow
+def test_an_ini_file_without_loggers_leaves_logging_to_celery(deploy):
+    site = deploy()
+    text = (site.directory / "production.ini").read_text()
+    (site.directory / "production.ini").write_text(text.partition("[loggers]")[0])
+    site.worker("-l", "info", "--logfile", "celery.log", wait=False)
+    until(lambda: " ready." in site.log("celery.log"))
 
 
 @services
@@ -1065,6 +1207,17 @@ def finished(url):
         return document["done"] and document
 
     return until(done, what=url)
+
+
+# Jobs run in the web processes themselves.
+THREADS = {
+    "async.executor = celery\n": "",
+    "async.celery.broker = amqp://shop:secret@broker.example.org:5672/shop\n": "",
+}
+
+
+def needs(package):
+    return pytest.mark.skipif(find_spec(package) is None, reason=f"{package} is not installed")
 
 
 @services
@@ -1129,6 +1282,91 @@ def test_a_database_opened_before_the_fork_is_refused(storage, deploy):
         status, _, _ = ask(f"{url}/start", {"goods": "tea"})
         assert status == 500
     until(lambda: "make the application after the fork" in " ".join(site.log("gunicorn").split()))
+
+
+# A server of one's own, which tells nobody that it will fork.
+FORKS = """
+import os, signal, sys
+from wsgiref.simple_server import make_server
+from pyramid.paster import get_app
+
+server = make_server("127.0.0.1", int(sys.argv[2]), get_app(sys.argv[1]))
+if os.fork() == 0:
+    signal.alarm(20)
+    print("listens", flush=True)
+    server.handle_request()
+    os._exit(0)
+os.wait()
+"""
+
+
+@services
+@slow
+@pytest.mark.parametrize("storage", ["zeo", "file"])
+def test_a_view_that_schedules_nothing_uses_no_database_opened_before_the_fork(storage, deploy):
+    site = deploy(storage, None)
+    site.edit("production.ini", THREADS)
+    name, port = "production.ini" if storage == "zeo" else "alone.ini", unused_port()
+    site.start("-c", FORKS, name, str(port))
+    until(lambda: "listens" in site.log())
+    assert ask(f"http://127.0.0.1:{port}/count")[0] == 500
+    assert "make the application after the fork" in site.log()
+
+
+@services
+@slow
+@needs("pyuwsgi")
+@pytest.mark.parametrize("storage", ["zeo", "file"])
+def test_uwsgi_starts_no_application_whose_database_it_opened_before_the_fork(storage, deploy):
+    site = deploy(storage, None)
+    site.edit("production.ini", THREADS)
+    url = site.uwsgi("production.ini" if storage == "zeo" else "alone.ini")
+    assert ask(f"{url}/count")[0] == 500
+    assert "make the application after the fork" in site.log("uwsgi")
+
+
+@services
+@slow
+@needs("pyuwsgi")
+def test_uwsgi_makes_the_application_after_the_fork(deploy):
+    site = deploy("zeo", None)
+    site.edit("production.ini", THREADS)
+    url = site.uwsgi("production.ini", "--lazy-apps")
+    processes = set()
+
+    def sell():
+        document = finished(ask(f"{url}/start", {"goods": "tea"})[1])
+        assert document["status"] == "successful"
+        processes.add(document["result"]["process"])
+
+    until(lambda: sell() or len(processes) == 2)
+
+
+@services
+@slow
+@needs("eventsourcing")
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_eventsourcing_application_is_one_in_each_process_of_web_and_workers(pool, deploy):
+    site = deploy()
+    (site.directory / "kennel.py").write_text(KENNEL.read_text())
+    includes = "pyramid.includes = pyramid_retry pyramid_zodbconn"
+    site.edit("production.ini", {"call:shop:main": f"call:kennel:main\n{includes}"})
+    gunicorn, url = site.gunicorn("production.ini", "--workers", "2", "--threads", "4")
+    worker = site.worker("-P", pool)
+    locations = [ask(url, {})[1] for _ in range(20)]
+    assert {finished(location)["status"] for location in locations} == {"successful"}
+    site.end(worker)
+    site.end(gunicorn)
+    made, closed, served, taught = (
+        site.pids(what) for what in ("made", "closed", "served", "taught")
+    )
+    assert len(served) == len(taught) == 20
+    assert sorted(made) == sorted(closed) == sorted({*served, *taught})
+    assert gunicorn.pid not in made
+    assert (worker.pid in made) == (pool == "threads")
+    with closing(sqlite3.connect(site.directory / "kennel.sqlite")) as events:
+        [[number]] = events.execute("SELECT COUNT(*) FROM stored_events")
+    assert number == 2 * 20  # each dog was registered and learned a trick
 
 
 # -- the guide -----------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """A kennel: an eventsourcing application that views and jobs share, one object in each process.
 
-Run it with ``gunicorn --threads 16 kennel:app`` and POST to ``/`` to register a dog; a job
-teaches it to sit.  ``python -m pytest tests/test_application.py -k eventsourcing`` runs this very
-file, under gunicorn and in a Celery worker, and counts what the file ``log`` tells.
+Run it with ``gunicorn --threads 16 "kennel:main()"`` and POST to ``/`` to register a dog; a job
+teaches it to sit.  ``python -m pytest -m services -k eventsourcing`` runs this very file, under
+gunicorn and in Celery workers, and counts what the file ``log`` tells.
 """
 
 import os
@@ -84,10 +84,10 @@ def log(what):
         file.write(f"{what} {os.getpid()}\n")
 
 
-with Configurator() as config:
-    config.include("pyramid_async")
-    config.add_application(kennel, name="kennel")
-    config.add_route("home", "/")
-    config.add_view(register, route_name="home")
-app = config.make_wsgi_app()
-log("ready")
+def main(global_config=None, **settings):
+    with Configurator(settings=settings) as config:
+        config.include("pyramid_async")
+        config.add_application(kennel, name="kennel")
+        config.add_route("home", "/")
+        config.add_view(register, route_name="home")
+        return config.make_wsgi_app()

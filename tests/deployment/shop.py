@@ -41,6 +41,11 @@ def start(request):
     return request.scheduler.accepted(scheduler.schedule(function, receipts(request), *arguments))
 
 
+def count(request):
+    """A page that reads the database and has nothing to do with jobs."""
+    return len(receipts(request))
+
+
 def receipts(request):
     """Return the tree of receipts; two requests that make it conflict, and one is run again."""
     if "zodbconn.uri" not in request.registry.settings:
@@ -59,4 +64,6 @@ def main(global_config, **settings):
         config.include("pyramid_async")
         config.add_route("start", "/start")
         config.add_view(start, route_name="start", request_method="POST")
+        config.add_route("count", "/count")
+        config.add_view(count, route_name="count", renderer="json")
         return config.make_wsgi_app()
