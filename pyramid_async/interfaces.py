@@ -45,6 +45,14 @@ class JobNotFound(AsyncError, LookupError):
         return f"no job {self.args[0]!r}: unknown, expired or removed"
 
 
+class BadRecord(AsyncError):
+    """What is stored as a job's record is none: its class is gone, say (sid, what it is)."""
+
+    def __str__(self) -> str:
+        sid, what = self.args
+        return f"the record of job {sid!r} cannot be read, it is a {what}; remove() removes it"
+
+
 class InvalidTransition(AsyncError):
     """A job cannot go from one status to another (sid, status, wanted, allowed)."""
 
@@ -253,6 +261,9 @@ class IJobTable(Interface):
     def get(sid: str) -> Any:
         """Return the `~pyramid_async.jobs.JobRecord`, or None when unknown or expired."""
 
+    def drop(sid: str) -> None:
+        """Delete what is stored as the record of a job, if anything is, without reading it."""
+
     def knows(sid: str) -> bool:
         """Say whether the job was scheduled, though it may have expired by now."""
 
@@ -285,6 +296,9 @@ class IJobTable(Interface):
 
         *after*: in an order that stays, those that come after this sid; ``""`` for all.
         """
+
+    def all_unfinished() -> Any:
+        """Iterate over all that `unfinished` tells; a server is asked for many at once."""
 
     def ended(statuses: Any, before: tuple[float, str] | None = None) -> Any:
         """Iterate over (time of the end, sid) of finished jobs, the last first; loads no record.

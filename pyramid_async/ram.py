@@ -289,6 +289,11 @@ class RamTable:
         record._p_changed = True
         self._removed.add(record.sid)
 
+    def drop(self, sid: str) -> None:
+        record = self._find(sid)
+        if record is not None:
+            self.remove(record)
+
     def forget(self, record: JobRecord) -> None:
         self.remove(record)
 
@@ -325,6 +330,9 @@ class RamTable:
 
     def records(self) -> Iterator[tuple[str, JobRecord]]:
         return self._all(self.store.states)
+
+    def all_unfinished(self) -> Iterator[tuple[str, JobRecord]]:
+        return self.unfinished()
 
     def unfinished(self, after: str | None = None) -> Iterator[tuple[str, JobRecord]]:
         return self._all(self.store.pending, after)

@@ -77,6 +77,8 @@ class Recovery:
         # Sid -> (signature, beat of the holder) of running jobs that their holder does not list.
         self._unlisted: dict[str, tuple[str | None, int]] = {}  # in this look
         self._unlisted_before = self._unlisted  # in the look before
+        self._bad: set[str] = set()  # sids whose record could not be read in this look
+        self._bad_before = self._bad  # in the look before
         self._beating = False
         self._listed: set[str | None] = set()  # signatures in our last sign of life
         self._beats = 0
@@ -129,8 +131,9 @@ class Recovery:
         """Do a step and return the seconds until its next turn."""
         begun = self.monotonic()
         if self._safely(step) and step == self.look:
-            # A tenth of the time at most, however many jobs there are to look through.
-            return max(every, 9 * (self.monotonic() - begun))
+            # A tenth of the time at most, however many jobs there are to look through; but a dead
+            # process is not known by one look, and the next must not be far.
+            return max(every, min(9 * (self.monotonic() - begun), self.lease))
         # Never put off: who falls silent is taken for dead, and what failed may have waited
         # long for a database that is back by now.
         return every
@@ -265,6 +268,7 @@ class Recovery:
         """
         self._holders.clear()
         self._unlisted_before, self._unlisted = self._unlisted, {}
+        self._bad_before, self._bad = self._bad, set()
         self._archive(transact(self.store, self._look))
         self.store.expire(self.store.clock())
         if self.store.durable:
@@ -279,7 +283,7 @@ class Recovery:
         """Rescue what is lost; return what ended: sid -> seconds since then."""
         now = self.store.clock()
         looked = (
-            (sid, self._inspect(sid, record, table, now)) for sid, record in table.unfinished()
+            (sid, self._inspect(sid, record, table, now)) for sid, record in table.all_unfinished()
         )
         return {sid: age for sid, age in looked if age is not None}
 
@@ -294,7 +298,9 @@ class Recovery:
                 self.later(record.run_after, sid)
         except Exception:
             # One bad record must not stop the others.
-            log.exception("the record of job %r cannot be read", sid)
+            if sid not in self._bad_before:
+                log.exception("the record of job %r cannot be read", sid)
+            self._bad.add(sid)
         return None
 
     def _rescue(self, record: JobRecord, table: Any) -> None:

@@ -10,13 +10,21 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from hashlib import blake2b
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import transaction
 from persistent import Persistent
 from zope.interface import implementer
 
 from .current import Changes
-from .interfaces import IScheduler, JobDismissed, JobFailed, JobNotFound, NotRetriable
+from .interfaces import (
+    BadRecord,
+    IScheduler,
+    JobDismissed,
+    JobFailed,
+    JobNotFound,
+    NotRetriable,
+)
 from .jobs import ACCEPTED, DISMISSED, FAILED, JobRecord, JobStatus, check_options, status_of
 from .process import new_id
 from .ram import RamStore
@@ -323,9 +331,13 @@ class Scheduler:
 
     def remove(self, sid: str) -> None:
         """See IScheduler."""
-        self.cancel(sid)
         table = self._table()
-        record = table.get(sid)
+        try:
+            self.cancel(sid)
+            record = table.get(sid)
+        except BadRecord:
+            table.drop(sid)
+            return
         if record is not None:
             table.remove(record)
 
@@ -436,16 +448,18 @@ class PersistentTransactionalScheduler(Persistent):
         scheduler = _in_use.get(key)
         if scheduler is None:
             with _in_use_lock:
-                scheduler = _in_use.get(key) or self._start(db, oid)
-                if all(known is not db for known, _ in _in_use):
-                    stop_before_close(db)
-                _in_use[key] = scheduler
+                scheduler = _in_use[key] = _in_use.get(key) or self._start(db, oid)
         connection = self._p_jar
         return scheduler.bind(connection.transaction_manager, Caller(connect=lambda: connection))
 
     def _start(self, db: Any, oid: bytes) -> Scheduler:
-        # A connection for each worker and each of their failures, for recovery and two callers.
-        db.setPoolSize(max(db.getPoolSize(), 2 * self.workers + 3))
+        known = _used.setdefault(db, set())
+        if not known:
+            stop_before_close(db)
+        if oid not in known:
+            # A connection for each worker and each of their failures, for recovery and a caller.
+            db.setPoolSize(db.getPoolSize() + 2 * self.workers + 2)
+            known.add(oid)
         store = ZodbStore(db, locate=lambda connection: connection.get(oid).records)
         worker = Worker(store, result_timeout=self.timeout)
         executor = executor_for(worker, self.workers)
@@ -478,4 +492,6 @@ def stop_before_close(db: Any) -> None:
 # (database, oid of the scheduler) -> what runs its jobs in this process, until `stop` or until
 # the database closes.
 _in_use: dict[tuple[Any, bytes], Scheduler] = {}
+# Database -> oids of the schedulers that were ever in use in this process.
+_used: Any = WeakKeyDictionary()
 _in_use_lock = threading.Lock()

@@ -24,7 +24,7 @@ from zope.interface import implementer
 
 from .conflicts import explain
 from .context import dumps, loads
-from .interfaces import AsyncError, IJobStore, IJobTable, NotSchedulable
+from .interfaces import AsyncError, BadRecord, IJobStore, IJobTable, NotSchedulable
 from .jobs import DISMISSED, FAILED, SUCCESSFUL, JobRecord
 from .process import Connections, Identity
 from .transactional import OwnManager, TransactionManager, transact
@@ -42,6 +42,9 @@ HAUNTED = 24 * 3600.0
 
 # Time after which an expired record should be gone where processes run, seconds.
 OVERDUE = 600.0
+
+# Shards whose records are asked for at once.
+FETCHED = 16
 
 # Records that one transaction of maintenance changes.
 BATCH = 200
@@ -267,8 +270,16 @@ class ZodbTable:
         shard = self.root.shard(sid)
         if shard is None:
             return None
-        record: JobRecord | None = self.root.unfinished[shard].get(sid)
-        return self.root.finished[shard].get(sid) if record is None else record
+        record: Any = self.root.unfinished[shard].get(sid)
+        if record is None:
+            record = self.root.finished[shard].get(sid)
+        if not isinstance(record, JobRecord | None):
+            raise BadRecord(sid, type(record).__name__)
+        return record
+
+    def drop(self, sid: str) -> None:
+        for trees in (self.root.unfinished, self.root.finished):
+            trees[self.root.shard(sid)].pop(sid, None)  # type: ignore[index]
 
     def add(self, record: JobRecord) -> None:
         self.root.unfinished[self.root.shard(record.sid)][record.sid] = record  # type: ignore[index]
@@ -279,9 +290,7 @@ class ZodbTable:
         record.clear()
         if record.haunted:
             return  # nor would a record that a pack has taken; maintenance removes it later
-        shard = self.root.shard(record.sid)
-        for trees in (self.root.unfinished, self.root.finished):
-            trees[shard].pop(record.sid, None)  # type: ignore[index]
+        self.drop(record.sid)
 
     def keyed(self, key: str) -> str | None:
         sid: str | None = self.root.key_tree(key).get(key)
@@ -381,6 +390,21 @@ class ZodbTable:
             trees = trees[shard + 1 :]
         for tree in trees:
             yield from tree.items()
+
+    def all_unfinished(self) -> Iterator[tuple[str, JobRecord]]:
+        trees = self.root.unfinished
+        for start in range(0, len(trees), FETCHED):
+            group = trees[start : start + FETCHED]
+            self._fetch(group)
+            found = [item for tree in group for item in tree.items()]
+            self._fetch(record for _, record in found)
+            yield from found
+
+    def _fetch(self, objects: Any) -> None:
+        """Let a storage that is a server's send what is missing, all at once."""
+        missing = [o for o in objects if getattr(o, "_p_changed", False) is None]
+        if missing:
+            self.connection.prefetch(missing)
 
     def ended(
         self, statuses: Any, before: tuple[float, str] | None = None

@@ -218,6 +218,15 @@ def test_attempt_of_this_process_that_ended_without_a_word_is_repeated(db, key):
         assert CALLS[key] == [2]
 
 
+@pytest.mark.parametrize(("took", "pause"), [(0.1, 5.0), (2.0, 18.0), (60.0, LEASE)])
+def test_looks_take_a_tenth_of_the_time_but_are_never_further_apart_than_a_lease(
+    machines, took, pause
+):
+    recovery = machines.process().recovery
+    recovery.look = lambda: machines.pass_time(took)
+    assert recovery._turn(recovery.look, 5.0) == pytest.approx(pause)
+
+
 # -- jobs that a process runs without a claim ------------------------------------------------
 
 

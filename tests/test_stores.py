@@ -796,6 +796,21 @@ def test_unfinished_lists_all_that_is_unfinished(store):
     add(store, "02")
     with view(store) as seen:
         assert {"01", "02"} <= set(listed(seen.table.unfinished()))
+        assert listed(seen.table.all_unfinished()) == listed(seen.table.unfinished())
+
+
+def test_server_is_asked_for_what_is_not_in_the_cache_in_few_parts(zodb_store):
+    for number in range(100):
+        add(zodb_store, f"{number:02x}")
+    with view(zodb_store) as seen:
+        asked = []
+        seen.table.connection.cacheMinimize()
+        seen.table.connection.prefetch = lambda objects: asked.append(len(objects))
+        for _ in range(2):
+            assert len([r.sid for _, r in seen.table.all_unfinished()]) == 100
+        del seen.table.connection.prefetch
+    assert sum(asked) == 100 + 256
+    assert len(asked) <= 2 * 256 / 16
 
 
 def test_finished_record_leaves_the_unfinished_ones_when_it_is_archived(store):

@@ -784,6 +784,32 @@ def test_pool_of_connections_never_warns_of_a_persistent_scheduler(
     assert pool_warnings(caplog) == []
 
 
+def test_each_persistent_scheduler_makes_room_for_its_connections_once(db):
+    connection, before = db.open(), db.getPoolSize()
+    for name in ("first", "second"):
+        connection.root()[name] = PersistentTransactionalScheduler()
+    transaction.commit()
+    for _ in range(3):
+        for name in ("first", "second"):
+            connection.root()[name].completed("0" * 32)
+            connection.root()[name].stop()
+    assert db.getPoolSize() == before + 2 * (2 * PersistentTransactionalScheduler.workers + 2)
+    connection.close()
+
+
+def test_a_database_is_watched_once_for_its_end(db):
+    connection, scheduler = db.open(), PersistentTransactionalScheduler()
+    connection.root()["scheduler"] = scheduler
+    transaction.commit()
+    for _ in range(2):
+        scheduler.completed("0" * 32)
+        scheduler.stop()
+    assert db.close.__name__ == "stop_and_close"
+    [inner] = [c.cell_contents for c in db.close.__closure__ if callable(c.cell_contents)]
+    assert inner.__name__ == "close"
+    connection.close()
+
+
 def test_root_of_the_database_is_reached_by_jobs_of_every_thread(db, key):
     with process("zodb", db, workers=4) as one:
         sids = [one.schedule(note_root, ROOT, key) for _ in range(8)]
