@@ -16,7 +16,7 @@ from ZODB.POSException import InvalidObjectReference
 
 from .current import Job, running
 from .interfaces import AsyncError, JobDismissed
-from .jobs import ACCEPTED, SUCCESSFUL, JobRecord
+from .jobs import ACCEPTED, SUCCESSFUL, FileResult, JobRecord
 from .process import manager_itself
 from .transactional import mark
 
@@ -200,6 +200,8 @@ class Attempt:
         record = self._own()
         if value is not None:
             record.result = self.store.pack(value, self.table)
+        if isinstance(value, FileResult):
+            record.media_type = str(value.media_type or "")
         if record.failure is not None:
             record.failure = None  # of an earlier attempt
         record.finish(SUCCESSFUL, self.store.clock(), self.result_timeout)

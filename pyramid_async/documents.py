@@ -12,7 +12,7 @@ from typing import Any
 from pyramid.httpexceptions import exception_response
 
 from .interfaces import IScheduler
-from .jobs import FAILED, SUCCESSFUL, FileResult, JobStatus
+from .jobs import FAILED, SUCCESSFUL, JobStatus
 
 OGC_PROBLEM = "http://www.opengis.net/def/exceptions/ogcapi-processes-1/1.0/"
 OWN_PROBLEM = "urn:pyramid-async:problem:"
@@ -49,18 +49,18 @@ def document(request: Any, job: JobStatus, value: Any = NOTHING) -> dict[str, An
     shown = {name: member for name, member in members.items() if member is not None}
     if job.status == SUCCESSFUL and is_inline(request, value):
         shown["result"] = value
-    shown["links"] = links(request, job, value)
+    shown["links"] = links(request, job)
     return shown
 
 
-def links(request: Any, job: JobStatus, value: Any) -> list[dict[str, str]]:
+def links(request: Any, job: JobStatus) -> list[dict[str, str]]:
     href = request.route_url("async.status", sid=job.sid)
     found = [{"href": href, "rel": "self", "type": JSON}]
     if not job.done:
         found.append({"href": href, "rel": "monitor", "type": JSON})
     if job.status == SUCCESSFUL:
         href = request.route_url("async.results", sid=job.sid)
-        kind = media_type(value.media_type) if isinstance(value, FileResult) else JSON
+        kind = JSON if job.media_type is None else media_type(job.media_type)
         found.append({"href": href, "rel": RESULTS_REL, "type": kind})
     return found
 

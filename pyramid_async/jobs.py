@@ -150,6 +150,7 @@ class JobRecord(Persistent):
     reached = 0  # percent that an earlier attempt showed: progress never falls
     arguments: Any = None  # payload of (args, kw); None: there are none
     result: Any = None
+    media_type: Any = None  # of a result that is a file
     failure: Failure | None = None
     exception: Any = None
 
@@ -325,6 +326,7 @@ class JobStatus:
     remaining: float | None = None  # the job's own estimate, seconds
     attempts: int = 0
     failure: Failure | None = None
+    media_type: str | None = None  # of a result that is a file
 
 
 # Visible changes of one attempt that a revision leaves room for.
@@ -348,6 +350,7 @@ def status_of(record: JobRecord, live: Live | None = None) -> JobStatus:
         expires=record.expires,
         attempts=record.attempts,
         failure=record.failure,
+        media_type=record.media_type,
         progress=record.reached or None,
     )
     if record.status == SUCCESSFUL:

@@ -708,6 +708,12 @@ def test_list_has_the_own_jobs_newest_first_and_without_results(web):
     assert web.head("/async", headers=as_user("alice"), status=200).body == b""
 
 
+def test_list_tells_the_kind_of_a_file_as_its_document_does(web):
+    web.finished(make_file, "a;b", user="alice")
+    [job] = listed(web).json["jobs"]
+    assert job["links"][-1]["type"] == "text/csv"
+
+
 def test_list_of_nobody_is_404(web):
     web.finished(echo)
     is_problem(listed(web, user=None, status=404))
