@@ -406,9 +406,9 @@ class IJobAccepted(IJobEvent):
 class IJobStarted(IJobEvent):
     """A worker is about to call the job's function; once a claim, not again after a conflict.
 
-    Sent in the worker's thread, inside the job's transaction: what is written there belongs
-    to the job and shares its fate, and nobody but the worker may end it.  What a subscriber
-    raises is logged.
+    Sent in the worker's thread, inside the attempt's transaction: what is written there
+    shares its fate, and is gone after a conflict; nobody but the worker may end it.  What a
+    subscriber raises is logged.
     """
 
 

@@ -35,6 +35,7 @@ from webapp import (
     repeat,
     special,
     tell,
+    tell_later,
     validate,
 )
 
@@ -224,6 +225,20 @@ def test_status_is_200_and_valid_in_every_state(web, at_gate):
         assert valid(web.delete(url).json)["status"] == "dismissed"
         document = valid(web.get(url).json)
         assert document["status"] == "dismissed"
+
+
+def test_updated_is_the_time_of_the_last_change(web):
+    with gate() as first, gate() as second:
+        url = web.url(tell_later, first, second)
+        GATES[first].reach()
+        before = web.get(url).json
+        GATES[first].opened.set()
+        GATES[second].reach()
+        during = web.get(url).json
+        GATES[second].opened.set()
+        after = web.done(url)
+    assert before["created"] <= before["updated"] < during["updated"] < after["updated"]
+    assert after["updated"] == after["finished"]
 
 
 def test_progress_and_message_are_shown_while_the_job_runs(web, at_gate):
@@ -823,6 +838,7 @@ def test_defect_is_a_500_that_tells_an_id_alone(web, caplog):
 
 def test_refusal_of_the_policy_keeps_its_challenge(web):
     response = web.get("/async/x", headers=as_user("expired"), status=401)
+    assert "secret" not in response.text
     is_problem(response)
     assert response.headers["WWW-Authenticate"] == 'Bearer realm="x"'
 

@@ -12,6 +12,7 @@ from webtest import TestApp
 
 from pyramid_async import OperationFailed
 from pyramid_async.interfaces import IScheduler
+from pyramid_async.scheduler import TransactionalScheduler
 from pyramid_async.settings import SETTINGS
 
 ROOT = Path(__file__).parent.parent
@@ -76,6 +77,20 @@ def test_the_job_of_the_readme_also_runs_outside_of_a_job(example):
     assert pages[1]["text"] == "B"
     with pytest.raises(OperationFailed):
         convert({"broken": True, "pages": []})
+
+
+def test_the_job_of_the_readme_runs_as_one(example, wait_for):
+    scheduler = TransactionalScheduler()
+    try:
+        good = scheduler.schedule(example(1).convert, {"pages": [{"raw": "a"}, {"raw": "b"}]})
+        bad = scheduler.schedule(example(1).convert, {"broken": True, "pages": []})
+        transaction.commit()
+        wait_for(lambda: scheduler.completed(good) and scheduler.completed(bad))
+        assert scheduler.get_result(good) == ({"pages": 2}, None)
+        assert isinstance(scheduler.get_result(bad)[1], OperationFailed)
+    finally:
+        transaction.abort()
+        scheduler.stop()
 
 
 def test_the_scheduler_without_pyramid_runs_as_it_stands(example, wait_for):

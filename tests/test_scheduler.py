@@ -7,6 +7,7 @@ import functools
 import gc
 import logging
 import threading
+import time
 from collections import defaultdict
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -1310,6 +1311,25 @@ def test_what_a_job_leaves_in_the_threads_own_transaction_is_gone(web, key):
     for _ in range(4):
         web.run(commit_thread)
     assert CALLS[key] == []
+
+
+def never_check(thing):
+    thing.count += 1
+    time.sleep(0.05)
+
+
+@with_zodb
+def test_job_that_never_checks_and_took_too_long_fails_and_has_no_effects(web):
+    web.make()
+
+    def schedule(request):
+        thing = get_connection(request).root()["thing"]
+        return request.scheduler.using(timeout=0.01).schedule(never_check, thing)
+
+    sid = web.do(schedule)
+    web.wait(sid)
+    assert web.status(sid).failure.class_name == "JobTimeout"
+    assert web.read(lambda root: root["thing"].count) == 0
 
 
 @in_both_stores

@@ -199,7 +199,8 @@ class Policy:
         type(self).asked += 1
         user = request.headers.get("X-User")
         if user == "expired":
-            raise HTTPUnauthorized(headers={"WWW-Authenticate": 'Bearer realm="x"'})
+            bearer = {"WWW-Authenticate": 'Bearer realm="x"'}
+            raise HTTPUnauthorized("secret of the policy", headers=bearer)
         if user == "broken":
             raise RuntimeError("secret of the policy")
         if user == "from the database":
