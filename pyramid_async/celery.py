@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import transaction
 from celery import signals
 from pyramid.config import global_registries
 from pyramid.exceptions import ConfigurationError
@@ -33,11 +34,13 @@ from pyramid.scripts.common import get_config_loader
 from zope.interface import implementer
 
 from .application import close_applications
+from .attempt import end as end_transaction
 from .bells import AGAIN, BELL, Bells, app, listen
 from .interfaces import IExecutor, IExecutorFactory, IScheduler
 from .prefork import Signals
 from .settings import read_settings
 from .transactional import transact
+from .worker import GIVE_BACK
 
 log = logging.getLogger(__name__)
 
@@ -165,8 +168,12 @@ class CeleryExecutor:
             pause *= 2
 
     def _run(self, sid: str, again: bool) -> bool:
-        with signals_of_celery.during(self.worker, sid):
-            return self.worker.run(sid, None if again else "")
+        try:
+            with signals_of_celery.during(self.worker, sid):
+                return self.worker.run(sid, None if again else "")
+        finally:
+            # Where a job has another manager, what it left in this one would be the next job's.
+            end_transaction(transaction.manager)
 
     def _takes_jobs(self) -> bool:
         return not (self.suspended or self.ends or self.stopped.is_set())
@@ -185,7 +192,16 @@ class CeleryExecutor:
             self.worker.changes.wait(seen, 0.1)
         self.bells.stop(max(0.1, deadline - time.monotonic()))
         if self.recovery is not None:
-            self.recovery.stop(max(0.1, deadline - time.monotonic()))
+            # In its thread: a database that is away must not keep the process from its exit.
+            self.recovery.end(self._give_back)
+            self.recovery.stop(max(0.0, deadline - time.monotonic()) + GIVE_BACK)
+
+    def _give_back(self) -> None:
+        try:
+            self.worker.give_back_running()
+        except Exception:
+            # Recovery finds them by the lease.
+            log.exception("jobs could not be given back: %s", ", ".join(self.held))
 
     def end_jobs(self, why: str) -> None:
         """Tell the jobs that run here to end, and begin no others."""

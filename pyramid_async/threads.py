@@ -17,11 +17,9 @@ from zope.interface import implementer
 
 from .attempt import end
 from .interfaces import IExecutor
+from .worker import GIVE_BACK
 
 log = logging.getLogger(__name__)
-
-# Longest time that a stop takes beyond its deadline, to give back what still runs, seconds.
-GIVE_BACK = 1.0
 
 
 @implementer(IExecutor)

@@ -19,6 +19,9 @@ from .transactional import LONGEST_PAUSE, backoff, transact
 
 log = logging.getLogger(__name__)
 
+# Longest time that a stop takes beyond its deadline, to give back what still runs, seconds.
+GIVE_BACK = 1.0
+
 # Longest delay before a job is tried again by `retry_on`, seconds.
 LONGEST_DELAY = 300.0
 

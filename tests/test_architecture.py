@@ -72,8 +72,8 @@ MAP = {
     "prefork": ("interfaces", ""),
     # Nobody imports these.
     "celery": (
-        "interfaces application transactional settings bells prefork",
-        "celery pyramid zope",
+        "interfaces application transactional attempt worker settings bells prefork",
+        "celery pyramid transaction zope",
     ),
     "cli": ("interfaces jobs documents manage config", "pyramid zc"),
     "testing": (
