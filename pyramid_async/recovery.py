@@ -311,7 +311,8 @@ class Recovery:
             # Our own, and not in our queue: its hook died or the queue was full.
             self.executor.put(sid, "", queue)
         elif self._lost(record, table):
-            if record.holder is not None:  # else it waits for a worker, look after look
+            # Not what waits for a worker, look after look, nor what we let go a moment ago.
+            if record.holder not in (None, self.store.process):
                 log.info("job %r is taken up: %s", sid, table.last_seen(record.holder))
             self.executor.put(sid, record.signature, queue)
 
