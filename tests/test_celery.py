@@ -34,6 +34,7 @@ from pyramid.exceptions import ConfigurationError
 from pyramid.paster import get_app
 from webapp import EXPLICIT, GATES, browser, echo, gate
 from webtest import TestApp
+from ZODB.config import databaseFromURL
 
 from pyramid_async import IScheduler, bells, current_job
 from pyramid_async import celery as module
@@ -657,6 +658,11 @@ class Deployment:
             },
         )
         self.start_zeo()
+        self.create("zodb.conf")
+
+    def create(self, conf):
+        """Processes that find a database empty at the same moment conflict within ZODB."""
+        databaseFromURL(str(self.directory / conf)).close()
 
     def start_zeo(self):
         self.zeo = self.start("-m", "ZEO.runzeo", "-C", "zeo.conf")
@@ -689,6 +695,7 @@ class Deployment:
 
         execute(f"CREATE DATABASE {name}")
         self.closing.append(lambda: execute(f"DROP DATABASE {name} WITH (FORCE)"))
+        self.create("relstorage.conf")
 
     def use_relstorage_with_history(self):
         self.use_relstorage("true")
