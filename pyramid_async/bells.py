@@ -104,7 +104,7 @@ class Bells:
         self,
         sid: str,
         queue_name: str | None,
-        bell: str = BELL,
+        bell: str,
         unless_others_wait: bool = False,
     ) -> None:
         """Have a message sent; never wait."""

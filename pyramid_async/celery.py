@@ -37,6 +37,7 @@ from .application import close_applications
 from .attempt import end as end_transaction
 from .bells import AGAIN, BELL, Bells, app, listen
 from .interfaces import IExecutor, IExecutorFactory, IScheduler
+from .jobs import FRESH
 from .prefork import Signals
 from .settings import read_settings
 from .transactional import transact
@@ -117,17 +118,21 @@ class CeleryExecutor:
         if not committed:
             return
         try:
-            self._ring(sid, queue)
+            # A request may be repeated after its commit.
+            self._ring(sid, queue, AGAIN if self.bells.rung(sid) else BELL)
         except Exception:
             log.exception("the bell for job %r was not rung; recovery will ring it", sid)
 
-    def put(self, sid: str, seen: str | None, queue: str | None = None) -> None:
-        """See IExecutor: free the record of a lost job, and ring for it."""
+    def put(self, sid: str, seen: int | None, queue: str | None = None) -> None:
+        """See IExecutor: free the record of a lost job, and ring for it.
+
+        Several processes may do so at once, so whoever answers claims the job first.
+        """
         if seen is None:
             if not self.bells.rung(sid):
                 self._ring(sid, queue, AGAIN, unless_others_wait=True)
-        elif not seen:
-            self._ring(sid, queue or self._queue_of(sid))
+        elif seen == FRESH:
+            self._ring(sid, queue or self._queue_of(sid), AGAIN)
         elif self.worker.free(sid, seen):
             self._ring(sid, queue, AGAIN)
 
@@ -141,7 +146,7 @@ class CeleryExecutor:
         return name
 
     def _ring(
-        self, sid: str, queue: str | None, bell: str = BELL, unless_others_wait: bool = False
+        self, sid: str, queue: str | None, bell: str, unless_others_wait: bool = False
     ) -> None:
         if self._pid != os.getpid():
             self.start()
@@ -170,7 +175,7 @@ class CeleryExecutor:
     def _run(self, sid: str, again: bool) -> bool:
         try:
             with signals_of_celery.during(self.worker, sid):
-                return self.worker.run(sid, None if again else "")
+                return self.worker.run(sid, None if again else FRESH)
         finally:
             # Where a job has another manager, what it left in this one would be the next job's.
             end_transaction(transaction.manager)

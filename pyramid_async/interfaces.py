@@ -359,7 +359,7 @@ class IExecutor(Interface):
         no more than whether to hurry: after a lost reply it is False and the job exists.
         """
 
-    def put(sid: str, seen: str | None, queue: str | None = None) -> None:
+    def put(sid: str, seen: int | None, queue: str | None = None) -> None:
         """Have the job run; called by recovery, *seen* as in `~.worker.Worker.run`."""
 
     def room() -> int:
@@ -369,7 +369,10 @@ class IExecutor(Interface):
         """Start this process's threads, if they do not run."""
 
     def stop(timeout: float) -> None:
-        """Take no more jobs, tell the running ones, and return after *timeout* seconds at most."""
+        """Take no more jobs, tell the running ones, and wait *timeout* seconds at most.
+
+        It takes up to a second more where jobs cannot be given back: the database is away.
+        """
 
 
 class IExecutorFactory(Interface):

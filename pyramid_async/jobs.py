@@ -27,6 +27,10 @@ TRANSITIONS: dict[str, tuple[str, ...]] = {
 STATUSES = tuple(TRANSITIONS)
 
 
+# In place of a job's revision: nobody can have begun it.
+FRESH = 0
+
+
 class Failure(NamedTuple):
     """Why a job failed: the first three for operators, the last two for the user."""
 

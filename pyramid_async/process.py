@@ -115,7 +115,8 @@ class Connections:
             txn.data(self)
         except KeyError:
             txn.set_data(self, True)
-            txn.addBeforeCommitHook(self._check, (txn,))
+            # Twice, so that it comes after what other hooks write.
+            txn.addBeforeCommitHook(txn.addBeforeCommitHook, (self._check, (txn,)))
 
     def _check(self, txn: Any) -> None:
         if sum(isinstance(r, Connection) and r.db() is self.db for r in txn._resources) > 1:

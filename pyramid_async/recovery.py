@@ -15,7 +15,7 @@ from typing import Any
 from persistent import Persistent
 
 from .interfaces import JobDismissed
-from .jobs import ACCEPTED, JobRecord, Live
+from .jobs import ACCEPTED, FRESH, JobRecord, Live
 from .transactional import transact
 
 log = logging.getLogger(__name__)
@@ -183,7 +183,7 @@ class Recovery:
         if sid in self.executor.held:
             self.later(now + 0.05, sid)  # its last attempt has not quite ended
         else:
-            self.executor.put(sid, "")
+            self.executor.put(sid, FRESH)
 
     # -- signs of life
 
@@ -254,7 +254,9 @@ class Recovery:
         sign.beat = self._beats
         sign.at = self.store.clock()
         sign.running = {sid: job.live() for sid, job in list(self.worker.running.items())}
-        self._listed = {live.signature for live in sign.running.values()}
+        # What had not begun cannot be seen by them.
+        begun = (live for live in sign.running.values() if live.revision is not None)
+        self._listed = {live.signature for live in begun}
 
     def _fall_silent(self, table: Any) -> None:
         table.remove_sign(self.store.process)
@@ -309,15 +311,16 @@ class Recovery:
             return
         if record.holder == self.store.process and record.signature is None:
             # Our own, and not in our queue: its hook died or the queue was full.
-            self.executor.put(sid, "", queue)
-        elif self._lost(record, table):
+            self.executor.put(sid, FRESH, queue)
+            return
+        holder = record.holder or table.runner(record)
+        if self._lost(record, holder, table):
             # Not what waits for a worker, look after look, nor what we let go a moment ago.
             if record.holder not in (None, self.store.process):
                 log.info("job %r is taken up: %s", sid, table.last_seen(record.holder))
-            self.executor.put(sid, record.signature, queue)
+            self.executor.put(sid, None if holder is None else record.revision, queue)
 
-    def _lost(self, record: JobRecord, table: Any) -> bool:
-        holder = record.holder or table.runner(record)
+    def _lost(self, record: JobRecord, holder: str | None, table: Any) -> bool:
         if holder is None:
             # Clocks of other machines are believed in this alone: whether to wait a little.
             since = max(record.updated, record.run_after or 0.0)

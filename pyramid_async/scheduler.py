@@ -29,7 +29,7 @@ from .jobs import ACCEPTED, DISMISSED, FAILED, JobRecord, JobStatus, check_optio
 from .process import new_id
 from .ram import RamStore
 from .recovery import Recovery
-from .threads import ThreadExecutor
+from .threads import ThreadExecutor, stop_together
 from .transactional import transact
 from .worker import Worker
 from .zodb import JobRoot, ZodbStore
@@ -268,8 +268,8 @@ class Scheduler:
 
     def _status(self, record: JobRecord, table: Any) -> JobStatus:
         job = self.worker.running.get(record.sid)
-        if job is not None and job.begun:
-            return status_of(record, job.live())
+        if job is not None and job.begun and (live := job.live()).shows(record):
+            return status_of(record, live)
         return status_of(record, table.live(record))
 
     def jobs(self, status: str | Iterable[str] | None = None) -> list[JobStatus]:
@@ -482,8 +482,8 @@ def stop_before_close(db: Any) -> None:
     close = db.close
 
     def stop_and_close() -> None:
-        for key in [key for key in list(_in_use) if key[0] is db]:
-            _in_use.pop(key).executor.stop()
+        ours = [key for key in list(_in_use) if key[0] is db]
+        stop_together([_in_use.pop(key).executor for key in ours])
         close()
 
     db.close = stop_and_close

@@ -25,7 +25,7 @@ from zope.interface import implementer
 
 from .attempt import Attempt, end
 from .interfaces import AsyncError, IExecutor, IScheduler, JobNotFound
-from .jobs import JobRecord, JobStatus
+from .jobs import FRESH, JobRecord, JobStatus
 from .recovery import Recovery
 from .scheduler import Scheduler
 from .transactional import transact
@@ -112,7 +112,7 @@ class ManualExecutor:
         self.recovery = Recovery(self.store, self, monotonic=self.clock)
         self.scheduled: list[Scheduled] = []  # what was committed, in this order
         self._scheduler = scheduler
-        self._waiting: dict[str, tuple[float, str | None]] = {}  # sid -> (when, seen)
+        self._waiting: dict[str, tuple[float, int | None]] = {}  # sid -> (when, seen)
         self._lock = threading.Lock()
         self._turn = threading.RLock()  # of the thread that runs jobs
         self._runs = False
@@ -177,7 +177,7 @@ class ManualExecutor:
             record = table.get(sid)
             if record is None:
                 return  # nothing was committed
-            self._waiting.setdefault(sid, (record.run_after or 0.0, ""))
+            self._waiting.setdefault(sid, (record.run_after or 0.0, FRESH))
             if all(job.sid != sid for job in self.scheduled):
                 self.scheduled.append(self._read(record, table))
 
@@ -195,7 +195,7 @@ class ManualExecutor:
             process_id=record.process_id,
         )
 
-    def put(self, sid: str, seen: str | None, queue: str | None = None) -> None:
+    def put(self, sid: str, seen: int | None, queue: str | None = None) -> None:
         """Let a job wait that recovery found; *seen* as in `Worker.run`."""
         with self._lock:
             self._waiting.setdefault(sid, (0.0, seen))
@@ -203,7 +203,7 @@ class ManualExecutor:
     def later(self, when: float, sid: str) -> None:
         """Let a job wait for a moment, seconds since the epoch."""
         with self._lock:
-            self._waiting[sid] = (when, "")
+            self._waiting[sid] = (when, FRESH)
 
     @property
     def held(self) -> set[str]:

@@ -17,6 +17,7 @@ from zope.interface import implementer
 
 from .attempt import end
 from .interfaces import IExecutor
+from .jobs import FRESH
 from .worker import GIVE_BACK
 
 log = logging.getLogger(__name__)
@@ -62,12 +63,12 @@ class ThreadExecutor:
     def wake(self, committed: bool, sid: str, queue: str | None = None) -> None:
         """See IExecutor.  There is one queue."""
         try:
-            self.put(sid, "")
+            self.put(sid, FRESH)
         except Exception:
             # No thread can be started at exit, say.  The record tells recovery.
             log.exception("job %r could not be queued; recovery will find it", sid)
 
-    def put(self, sid: str, seen: str | None, queue: str | None = None) -> None:
+    def put(self, sid: str, seen: int | None, queue: str | None = None) -> None:
         """Queue a job; *seen* as in `Worker.run`."""
         if self._pid != os.getpid():
             self.start()  # nothing, once stopped
@@ -131,7 +132,7 @@ class ThreadExecutor:
         self.held.discard(sid)
         if sid in self._again:
             self._again.discard(sid)
-            self.put(sid, "")
+            self.put(sid, FRESH)
 
     def stop(self, timeout: float | None = None) -> None:
         """See IExecutor.  A durable store keeps the jobs that wait, and those that do not end."""
@@ -183,9 +184,13 @@ _started: set[ThreadExecutor] = set()
 
 
 def stop_all() -> None:
-    """Stop all executors, at exit, in the time of the one that takes longest."""
+    """Stop all executors, at exit."""
+    stop_together(list(_started))
+
+
+def stop_together(executors: list[ThreadExecutor]) -> None:
+    """Stop executors in the time of the one that takes longest, if the database is there."""
     begun = time.monotonic()
-    executors = list(_started)
     for executor in executors:
         executor.tell()
     for executor in executors:

@@ -14,7 +14,7 @@ from transaction.interfaces import TransientError
 from .attempt import Attempt, NotDue, NotOurs, Surroundings, Unreliable
 from .current import Changes, Job
 from .interfaces import JobDismissed, JobFailed, JobStopped, NotSchedulable, OperationFailed
-from .jobs import ACCEPTED, FAILED, RUNNING, SUCCESSFUL, Failure, JobRecord, class_name
+from .jobs import ACCEPTED, FAILED, FRESH, RUNNING, SUCCESSFUL, Failure, JobRecord, class_name
 from .transactional import LONGEST_PAUSE, backoff, transact
 
 log = logging.getLogger(__name__)
@@ -64,11 +64,11 @@ class Worker:
         process: str | None = self.store.process if self.keeps else None
         return process
 
-    def run(self, sid: str, seen: str | None = "") -> bool:
+    def run(self, sid: str, seen: int | None = FRESH) -> bool:
         """Run the job if it is ours to run; never raise.
 
-        *seen* is given for a job to be rescued: the signature that its record bore when it
-        was judged lost (None: no attempt had signed it).  Then it is claimed first.
+        Unless it is fresh it is claimed first.  *seen*: the revision that its record had when
+        it was judged lost; None: take it if nobody has it.
 
         Returns False when the storage knows no such job.
         """
@@ -76,7 +76,7 @@ class Worker:
         if self.running.setdefault(sid, job) is not job:
             return True  # another thread has it: a doubled wake-up
         try:
-            if seen == "" or self._claim(job, seen):
+            if seen == FRESH or self._claim(job, seen):
                 self._run(job)
         except NotOurs:
             return False
@@ -88,8 +88,8 @@ class Worker:
             self.changes.tell()
         return True
 
-    def free(self, sid: str, seen: str) -> bool:
-        """Let any process claim a lost job, whose record bore the signature *seen*.
+    def free(self, sid: str, seen: int) -> bool:
+        """Let any process claim a job that was judged lost, with the revision *seen*.
 
         Returns False when there is nothing to claim any more.
         """
@@ -98,7 +98,7 @@ class Worker:
             record = table.get(sid)
             if record is None or record.done:
                 return False
-            if record.signature == seen:
+            if record.revision == seen:
                 failure = self._give_up(record, table)
                 if failure is not None:
                     return failure
@@ -131,7 +131,7 @@ class Worker:
 
     # -- claim
 
-    def _claim(self, job: Job, seen: str | None) -> bool:
+    def _claim(self, job: Job, seen: int | None) -> bool:
         """Take over a job by writing its record; return False when somebody else has it."""
 
         def claim(table: Any) -> float | Failure | bool:
@@ -140,7 +140,7 @@ class Worker:
                 raise NotOurs(None)
             if record.signature == job.signature:
                 return True  # the reply to an earlier commit was lost
-            if record.done or record.signature != seen:
+            if not self._may_claim(record, seen, table):
                 return False
             if record.run_after is not None and record.run_after > self.store.clock():
                 return float(record.run_after)
@@ -153,10 +153,15 @@ class Worker:
             self._tell_lost(job.sid, taken)
         return taken is True
 
+    def _may_claim(self, record: JobRecord, seen: int | None, table: Any) -> bool:
+        if seen is not None:
+            return not record.done and record.revision == seen
+        waits = record.status == ACCEPTED and record.holder in (None, self.store.process)
+        # Whom it is seen to run by may be dead, but a lease decides about that.
+        return waits and table.runner(record) is None
+
     def _take(self, record: JobRecord, job: Job, table: Any) -> Failure | bool:
         """Claim the job and return True, or end it and return why."""
-        if record.signature is None and table.runner(record) is not None:
-            record.attempts += 1  # it needed no claim, but it was seen to run
         failure = self._give_up(record, table)
         if failure is not None:
             return failure
@@ -172,11 +177,14 @@ class Worker:
 
     def _give_up(self, record: JobRecord, table: Any) -> Failure | None:
         """Fail a job whose runners died too often, and return the reason: what was seen."""
+        runner = table.runner(record)
+        if record.signature is None and runner is not None:
+            record.attempts += 1  # it needed no claim, but it was seen to run
         if record.attempts < record.option("max_attempts", self.max_attempts):
             return None
         reason = (
             f"{record.attempts} attempts ended without a word; the last worker was"
-            f" {table.last_seen(record.holder or table.runner(record))}"
+            f" {table.last_seen(record.holder or runner)}"
         )
         now = self.store.clock()
         if record.status == ACCEPTED:

@@ -138,9 +138,14 @@ class Process:
             return record and dict(record.__getstate__(), status=record.status)
 
     def die(self, sid, status="running", signature="attempt of the dead", attempts=1):
-        """Leave the job as a process leaves it that dies."""
-        self.record(sid, status=status, holder="dead", signature=signature, attempts=attempts)
-        return signature
+        """Leave the job as a process leaves it that dies; return the record's revision."""
+        facts = dict(status=status, holder="dead", signature=signature, attempts=attempts)
+        self.record(sid, **facts)
+        return self.revision(sid)
+
+    def revision(self, sid):
+        with self.transaction() as (table, _):
+            return table.get(sid).revision
 
     def root(self, read):
         """Return what ``read(root)`` returns, seen by a fresh transaction."""

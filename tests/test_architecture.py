@@ -39,7 +39,7 @@ MAP = {
     ),
     "attempt": ("interfaces jobs process context transactional current", "transaction ZODB"),
     "worker": ("interfaces jobs context transactional current attempt", "transaction"),
-    "threads": ("interfaces current attempt worker", "transaction zope"),
+    "threads": ("interfaces jobs current attempt worker", "transaction zope"),
     "recovery": ("interfaces jobs transactional current", "persistent"),
     "scheduler": (
         "interfaces jobs process context transactional current ram zodb worker threads recovery",
@@ -72,7 +72,7 @@ MAP = {
     "prefork": ("interfaces", ""),
     # Nobody imports these.
     "celery": (
-        "interfaces application transactional attempt worker settings bells prefork",
+        "interfaces jobs application transactional attempt worker settings bells prefork",
         "celery pyramid transaction zope",
     ),
     "cli": ("interfaces jobs documents manage config", "pyramid zc"),

@@ -181,11 +181,12 @@ def test_job_that_has_no_attempt_left_is_told_as_failed(wait_for):
         def die(scheduler):
             record = scheduler._table().get(sid_of(url))
             record.claim("a process that is gone", "lost", scheduler.store.clock())
+            return record.revision
 
-        web.scheduler.transact(die)
+        lost = web.scheduler.transact(die)
         GATES[name].opened.set()
         wait_for(lambda: sid_of(url) not in worker.running)
-        worker.run(sid_of(url), "lost")
+        worker.run(sid_of(url), lost)
         assert web.get(url).json["status"] == "failed"
         assert seen == [sid_of(url)]
 

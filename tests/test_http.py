@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from uuid import uuid4
 
 import pytest
@@ -227,14 +228,23 @@ def test_status_is_200_and_valid_in_every_state(web, at_gate):
         assert document["status"] == "dismissed"
 
 
+def next_millisecond():
+    """Wait until the clock shows another time than before."""
+    begun = time.time()
+    while time.time() < begun + 0.002:
+        pass
+
+
 def test_updated_is_the_time_of_the_last_change(web):
     with gate() as first, gate() as second:
         url = web.url(tell_later, first, second)
         GATES[first].reach()
         before = web.get(url).json
+        next_millisecond()
         GATES[first].opened.set()
         GATES[second].reach()
         during = web.get(url).json
+        next_millisecond()
         GATES[second].opened.set()
         after = web.done(url)
     assert before["created"] <= before["updated"] < during["updated"] < after["updated"]

@@ -257,6 +257,19 @@ def test_what_has_run_for_a_second_is_shown_at_once_and_only_once(machines, key,
     assert one.told == [(sid, "successful")]
 
 
+def test_what_had_not_begun_when_it_was_listed_is_shown_later(machines, key, at):
+    one, other = machines.process(), machines.process()
+    with unclaimed(one, key, at) as sid:
+        job = one.worker.running[sid]
+        read, job.revision = job.revision, None
+        one.recovery.beat()
+        assert other.status(sid).status == "accepted"
+        job.revision = read
+        machines.pass_time(1)
+        one.recovery.tell()
+        assert other.status(sid).status == "running"
+
+
 def test_nothing_is_shown_where_nobody_could_see_it(db, key, at):
     clock = Clock()
     with process("zodb", db, clock=clock) as one, unclaimed(one, key, at):
@@ -407,8 +420,8 @@ def test_frozen_process_that_wakes_after_its_lease_leaves_no_effects(machines, k
         with other.transaction() as (table, _):
             record = table.get(sid)
             assert record.holder == one.store.process
-            signature = record.signature
-        rescue = threading.Thread(target=other.worker.run, args=[sid, signature])
+            revision = record.revision
+        rescue = threading.Thread(target=other.worker.run, args=[sid, revision])
         rescue.start()
         while len(CALLS[key]) < 2:
             rescue.join(0.005)

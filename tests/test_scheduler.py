@@ -2059,6 +2059,23 @@ def test_a_second_connection_that_writes_is_an_error_and_no_deadlock(web, key):
     assert web.ask(lambda scheduler: scheduler.completed(sid)) is None
 
 
+@everywhere("ZODB, default, retry", "ZODB, explicit, retry")
+def test_a_second_connection_is_told_from_one_that_takes_part_at_the_end_alone(web, key):
+    """Who fetches a result writes when the transaction commits."""
+    sid = web.schedule(note, key)
+    web.wait(sid)
+    tm = transaction.TransactionManager(explicit=True)
+    tm.begin()
+    assert web.scheduler.using(tm=tm).get_result(sid)
+    second = web.databases[""].open(tm)
+    second.root()["written"] = True
+    with pytest.raises(TwoConnections):
+        tm.commit()
+    tm.abort()
+    second.close()
+    assert web.ask(lambda scheduler: scheduler.completed(sid))
+
+
 @with_zodb
 def test_a_second_connection_that_reads_harms_nothing(web, key):
     tm = transaction.TransactionManager(explicit=True)

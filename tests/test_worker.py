@@ -572,9 +572,24 @@ def test_job_taken_by_another_worker_while_it_runs_leaves_no_effects(one, key, a
     assert one.root(lambda root: "n" in root) is False
     record = one.record(sid)
     assert (record["status"], record["signature"]) == (RUNNING, "signature of the other")
-    other.worker.run(sid, "signature of the other")
+    other.worker.run(sid, record["revision"])
     assert one.root(lambda root: root["n"]) == 1
     assert (one.told, other.told) == ([], [(sid, "successful")])
+
+
+def test_attempt_that_lost_its_job_shows_nothing_of_it(one, key, at):
+    sid = one.schedule(count_behind_gate, ROOT, key, at)
+    zombie = threading.Thread(target=one.worker.run, args=[sid])
+    zombie.start()
+    GATES[at].reach()
+    one.worker.running[sid].progress(1, 2, "half of it")
+    assert one.status(sid).message == "half of it"
+    with one.transaction() as (table, _):
+        table.get(sid).claim("other", "signature of the other", 1.0)
+    status = one.status(sid)
+    assert (status.status, status.progress, status.message) == (RUNNING, None, None)
+    GATES[at].opened.set()
+    zombie.join(10)
 
 
 def test_failure_of_a_job_that_was_taken_by_another_is_not_recorded(one, key, at):
@@ -650,8 +665,8 @@ def test_rescuer_that_saw_another_signature_leaves_the_job_alone(one, key):
 
 def test_job_that_nobody_signed_is_rescued(one, key):
     sid = one.schedule(count, ROOT, key)
-    one.die(sid, status=ACCEPTED, signature=None, attempts=0)
-    one.worker.run(sid, None)
+    seen = one.die(sid, status=ACCEPTED, signature=None, attempts=0)
+    one.worker.run(sid, seen)
     assert CALLS[key] == [1]
     assert one.status(sid).attempts == 1
 
@@ -845,8 +860,8 @@ def test_jobs_own_limit_of_attempts_wins(one, key):
 
 def test_job_that_only_waited_in_a_dead_process_has_lost_no_attempt(one, key):
     sid = one.schedule(count, ROOT, key, max_attempts=1)
-    one.die(sid, status=ACCEPTED, signature=None, attempts=0)
-    one.worker.run(sid, None)
+    seen = one.die(sid, status=ACCEPTED, signature=None, attempts=0)
+    one.worker.run(sid, seen)
     assert (one.status(sid).status, CALLS[key]) == ("successful", [1])
 
 
@@ -864,7 +879,7 @@ def test_progress_of_a_dead_attempt_is_not_lost(durable, key):
 def test_job_whose_signature_changed_is_not_freed(one, key):
     sid = one.schedule(count, ROOT, key)
     one.die(sid, signature="newer")
-    one.worker.free(sid, "older")
+    one.worker.free(sid, one.revision(sid) - 1)
     assert one.record(sid)["signature"] == "newer"
 
 
@@ -950,15 +965,41 @@ def test_unclaimed_attempt_counts_once_it_was_shown(durable, key):
     sid = durable.schedule(count, ROOT, key)
     list_attempt(durable, sid, signature="x", revision=durable.record(sid).get("revision", 1))
     assert (durable.status(sid).status, durable.status(sid).progress) == (RUNNING, 40)
+    durable.worker.run(sid, durable.revision(sid))
+    assert (CALLS[key], durable.status(sid).attempts) == ([2], 2)
+
+
+def test_unclaimed_attempt_counts_when_its_job_is_freed(durable, key):
+    durable.worker.keeps = False
+    sid = durable.schedule(count, ROOT, key)
+    list_attempt(durable, sid, signature="x", revision=1)
+    assert durable.worker.free(sid, 1)
+    assert (durable.status(sid).status, durable.status(sid).attempts) == (ACCEPTED, 1)
     durable.worker.run(sid, None)
     assert (CALLS[key], durable.status(sid).attempts) == ([2], 2)
+
+
+def test_bell_that_is_late_takes_no_job_from_who_is_seen_to_run_it(durable, key):
+    durable.worker.keeps = False
+    sid = durable.schedule(count, ROOT, key, max_attempts=1)
+    list_attempt(durable, sid, signature="x", revision=1)
+    assert durable.worker.run(sid, None)
+    assert (CALLS[key], durable.record(sid).get("attempts", 0)) == ([], 0)
+    assert durable.status(sid).status == RUNNING
+
+
+def test_bell_takes_no_job_from_another_s_queue(one, key):
+    sid = one.schedule(count, ROOT, key)
+    one.record(sid, holder="another")
+    one.worker.run(sid, None)
+    assert CALLS[key] == []
 
 
 def test_unclaimed_attempts_have_a_limit_too(durable, key):
     durable.worker.keeps = False
     sid = durable.schedule(count, ROOT, key, max_attempts=1)
     list_attempt(durable, sid, signature="x", revision=1)
-    durable.worker.run(sid, None)
+    durable.worker.run(sid, durable.revision(sid))
     message = durable.status(sid).failure.message
     assert message.startswith("1 attempts ended")
     assert "process dead (host-7:4711" in message
