@@ -7,8 +7,8 @@ machines ::
     celery -A pyramid_async.celery worker --ini production.ini
 
 makes the same application in each worker process, after the fork, and answers the bells.  The
-record decides: a bell that is lost, late, doubled or forged changes nothing.  It is acknowledged
-early, there is no result backend, and remote control is off.
+record decides: a bell that is lost, late, doubled or forged changes nothing that is committed.  It
+is acknowledged early, there is no result backend, and remote control is off.
 """
 
 from __future__ import annotations

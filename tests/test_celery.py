@@ -191,6 +191,14 @@ def test_a_job_whose_time_has_come_goes_to_its_own_queue(broker):
         assert len(messages(other, broker)) == 2
 
 
+def test_a_bell_of_a_request_that_is_repeated_after_its_commit_is_another(broker):
+    with client(broker) as web:
+        executor, queue = web.scheduler.executor, web.scheduler.settings["celery.queue"]
+        executor.wake(True, sid_of(web.start(echo)))
+        executor.stop(5)
+        assert [task for _, _, task in messages(queue, broker)] == [BELL, AGAIN]
+
+
 def test_a_job_is_run_once_however_often_its_bell_rings(broker):
     with client(broker) as web, gate() as at:
         url = web.url(webapp.behind_gate, at, "done")
