@@ -239,7 +239,7 @@ class ManualExecutor:
             finally:
                 self._runs = False
 
-    def _next(self) -> tuple[str, str | None] | None:
+    def _next(self) -> tuple[str, int | None] | None:
         with self._lock:
             sid = min(self._waiting, key=lambda sid: self._waiting[sid][0], default=None)
             if sid is None or self._waiting[sid][0] > self.store.clock():
