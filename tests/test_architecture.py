@@ -68,7 +68,7 @@ MAP = {
     "settings": ("interfaces", ""),
     "config": ("*", "pyramid pyramid_zodbconn"),
     "__init__": ("interfaces jobs application current config", "pyramid"),
-    "bells": ("", "celery click"),
+    "bells": ("", "celery click kombu"),
     "prefork": ("interfaces", ""),
     # Nobody imports these.
     "celery": (

@@ -134,7 +134,7 @@ def test_publishing_gives_a_black_hole_up_in_about_a_second(scheme, black_hole):
 def seconds_until_given_up(ringer):
     begun = time.monotonic()
     with pytest.raises(Exception, match=r"(?i)time"):
-        ringer._pass_on(Ring("0" * 32, "queue", BELL, False))
+        ringer._pass_on([Ring("0" * 32, "queue", BELL, False)])
     return time.monotonic() - begun
 
 
@@ -332,7 +332,7 @@ class Closed:
 def test_a_bell_outlives_a_connection_that_was_closed(broker):
     ringer, queue = Bells(broker, "queue", 10), uuid4().hex
     ringer._connection = Closed()
-    ringer._pass_on(Ring("a" * 32, queue, BELL, False))
+    ringer._pass_on([Ring("a" * 32, queue, BELL, False)])
     # The broker may have got both, for all that is known.
     assert [task for _, _, task in messages(queue, broker)] == [AGAIN]
 
@@ -378,19 +378,19 @@ def test_what_a_broker_delivers_again_is_claimed_first(info, monkeypatch):
 
 def test_a_bell_is_rung_again_where_there_is_no_queue_yet(broker):
     ringer, queue = Bells(broker, "queue", 10), uuid4().hex
-    ringer._pass_on(Ring("a" * 32, queue, AGAIN, True))
+    ringer._pass_on([Ring("a" * 32, queue, AGAIN, True)])
     assert len(messages(queue, broker)) == 1
 
 
 def test_what_is_remembered_of_bells_has_a_bound(broker):
     ringer, queue = Bells(broker, uuid4().hex, 3), uuid4().hex
-    ringer._pass_on(Ring("a" * 32, queue, BELL, False))
+    ringer._pass_on([Ring("a" * 32, queue, BELL, False)])
     for number in range(20):
         ringer.ring(f"{number:032}", queue, BELL)
         ringer._waiting.get_nowait()
     assert 0 < len(ringer._rung) <= 4
     for number in range(20):
-        ringer._send(Ring(f"{number:032}", queue, AGAIN, True))  # passed over: another waits
+        ringer._send([Ring(f"{number:032}", queue, AGAIN, True)])  # passed over: another waits
     assert 0 < len(ringer._passed_over) <= 4
     assert len(messages(queue, broker)) == 1
 
@@ -943,7 +943,7 @@ def test_jobs_run_soon_after_the_broker_is_back(broker, how, deploy, caplog):
         web.ended_well(web.sell())
         door.be(how)
         sids = [web.sell() for _ in range(5)]
-        until(lambda: "was dropped" in caplog.text)
+        until(lambda: "bells were dropped" in caplog.text)
         door.be(False)
         door.be(True)
         web.ended_well(*sids, *[web.sell() for _ in range(3)], timeout=30)
