@@ -331,10 +331,49 @@ class Closed:
 
 def test_a_bell_outlives_a_connection_that_was_closed(broker):
     ringer, queue = Bells(broker, "queue", 10), uuid4().hex
-    ringer._connection = Closed()
+    ringer._connection = ringer._producer = Closed()
     ringer._pass_on([Ring("a" * 32, queue, BELL, False)])
     # The broker may have got both, for all that is known.
     assert [task for _, _, task in messages(queue, broker)] == [AGAIN]
+
+
+def test_all_bells_that_a_closed_connection_may_have_lost_are_sent_again(broker, monkeypatch):
+    monkeypatch.setattr(bells, "CONFIRM", 60)
+    ringer, queue = Bells(broker, "queue", 10), uuid4().hex
+    ringer._confirmed = time.monotonic()
+    for number in range(3):
+        ringer._pass_on([Ring(f"{number:032}", queue, BELL, False)])
+    assert len(messages(queue, broker)) == 3
+    ringer._connection = ringer._producer = Closed()
+    ringer._pass_on([])
+    assert [task for _, _, task in messages(queue, broker)] == [AGAIN] * 3
+
+
+def test_what_was_sent_is_asked_for_when_no_other_bell_comes(broker):
+    ringer = Bells(broker, uuid4().hex, 10)
+    ringer._confirmed = time.monotonic() + 60  # nothing is asked for while bells come
+    ringer.start()
+    ringer.ring("a" * 32, None, BELL)
+    until(lambda: ringer._connection and ringer._waiting.empty() and not ringer._unconfirmed)
+    assert ringer._confirmed < time.monotonic() + 1
+    ringer.stop(5)
+
+
+def test_what_was_sent_is_asked_for_while_bells_come(broker, monkeypatch):
+    monkeypatch.setattr(bells, "CONFIRM", 0)
+    ringer = Bells(broker, uuid4().hex, 10)
+    ringer._pass_on([Ring("a" * 32, "queue", BELL, False)])
+    assert ringer._unconfirmed == []
+
+
+def test_a_bell_that_was_dropped_may_be_rung_again(caplog):
+    ringer = Bells(f"amqp://127.0.0.1:{unused_port()}//", "queue", 10)
+    ringer.ring("a" * 32, None, BELL)
+    assert ringer.rung("a" * 32)
+    ringer.start()
+    until(lambda: "bells were dropped" in caplog.text)
+    assert not ringer.rung("a" * 32)
+    ringer.stop(5)
 
 
 @pytest.mark.parametrize("found", ["unheard of", "due", "lost"])
@@ -871,6 +910,19 @@ IMPATIENT = {"heartbeat": 0.5, "lease": 2}
 
 
 # -- services: brokers, storages, pools ----------------------------------------------------
+
+
+@services
+def test_a_new_connection_makes_the_queue_anew():
+    ringer, queue = Bells(RABBITMQ, "queue", 10), f"test-{uuid4().hex}"
+    for _ in range(2):
+        ringer._pass_on([Ring("a" * 32, queue, BELL, False)])
+        remove_queue(RABBITMQ, queue)
+        ringer._disconnect()
+    ringer._pass_on([Ring("a" * 32, queue, BELL, False)])
+    assert len(messages(queue, RABBITMQ)) == 1
+    ringer._disconnect()
+    remove_queue(RABBITMQ, queue)
 
 
 @services
