@@ -917,12 +917,12 @@ def test_a_new_connection_makes_the_queue_anew():
     ringer, queue = Bells(RABBITMQ, "queue", 10), f"test-{uuid4().hex}"
     for _ in range(2):
         ringer._pass_on([Ring("a" * 32, queue, BELL, False)])
-        remove_queue(RABBITMQ, queue)
+        remove_queue(queue, RABBITMQ)
         ringer._disconnect()
     ringer._pass_on([Ring("a" * 32, queue, BELL, False)])
     assert len(messages(queue, RABBITMQ)) == 1
     ringer._disconnect()
-    remove_queue(RABBITMQ, queue)
+    remove_queue(queue, RABBITMQ)
 
 
 @services
