@@ -165,6 +165,7 @@ class Bells:
             self._send([ring._replace(bell=AGAIN) for ring in self._unconfirmed])
 
     def _drop(self, error: Exception) -> None:
+        self._disconnect()
         sids = [ring.sid for ring in self._unconfirmed]
         self._unconfirmed.clear()
         for sid in sids:
