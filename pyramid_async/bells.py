@@ -142,7 +142,7 @@ class Bells:
         except Exception as error:
             self._drop(error)
             return not self.stopped.wait(BROKER_TIMEOUT)
-        return ring is not None or not self.stopped.is_set()
+        return not (self.stopped.is_set() and self._waiting.empty())
 
     def _take(self) -> Ring | None:
         """Return the next bell, or None: no other comes soon."""
@@ -200,13 +200,18 @@ class Bells:
         ids = {"id": number, "root_id": number, "parent_id": None, "group": None}
         headers = {"lang": "py", "task": ring.bell, **ids}
         producer.publish(
-            ((ring.sid,), {}, {}), routing_key=ring.queue, headers=headers, correlation_id=number
+            ((ring.sid,), {}, {}),
+            routing_key=ring.queue,
+            headers=headers,
+            correlation_id=number,
+            serializer="json",  # whatever the process has made kombu's default
         )
 
     def _confirm(self) -> None:
         """Have the broker answer, which tells that it got what was sent before."""
         if self._unconfirmed:
-            self._declare(self._unconfirmed[-1].queue)
+            # RabbitMQ takes one thing after the other; Redis has answered each message.
+            self._connected().channel.basic_qos(0, 0, False)
             self._unconfirmed.clear()
         self._confirmed = time.monotonic()
 

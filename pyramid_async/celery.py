@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 
 # Longest wait for the record that a bell is about, seconds: a ZEO client may not see it yet.
 RECORD_TIMEOUT = 2.0
+# The same where the bell is not the first: the job has probably been run and removed.
+RECORD_TIMEOUT_AGAIN = 0.2
 
 SID = re.compile("[0-9a-f]{32}")
 
@@ -164,7 +166,8 @@ class CeleryExecutor:
         if not isinstance(sid, str) or not SID.fullmatch(sid):
             log.warning("a bell for %.60r, which is no job's id", sid)
             return
-        pause, deadline = 0.005, time.monotonic() + RECORD_TIMEOUT
+        timeout = RECORD_TIMEOUT_AGAIN if again else RECORD_TIMEOUT
+        pause, deadline = 0.005, time.monotonic() + timeout
         while self._takes_jobs() and not self._run(sid, again):
             if time.monotonic() + pause > deadline:
                 log.info("no job %r for a bell: removed, expired or forged", sid)

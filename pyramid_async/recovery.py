@@ -307,14 +307,15 @@ class Recovery:
 
     def _rescue(self, record: JobRecord, table: Any) -> None:
         sid, queue = record.sid, record.option("queue")
+        holder = record.holder or table.runner(record)
+        if holder not in (None, self.store.process):
+            self._holders.add(holder)
         if sid in self.executor.held or not self.executor.room():
             return
         if record.holder == self.store.process and record.signature is None:
             # Our own, and not in our queue: its hook died or the queue was full.
             self.executor.put(sid, FRESH, queue)
-            return
-        holder = record.holder or table.runner(record)
-        if self._lost(record, holder, table):
+        elif self._lost(record, holder, table):
             # Not what waits for a worker, look after look, nor what we let go a moment ago.
             if record.holder not in (None, self.store.process):
                 log.info("job %r is taken up: %s", sid, table.last_seen(record.holder))
@@ -327,7 +328,6 @@ class Recovery:
             return bool(since + self.executor.grace <= self.store.clock())
         if holder == self.store.process:
             return True  # an attempt of ours ended without a word
-        self._holders.add(holder)
         if self.store.exclusive:
             return not self.store.alive_here(holder)
         sign = table.sign(holder)

@@ -30,6 +30,7 @@ import pytest
 import transaction
 import webapp
 from crash.executors import BROKERS, remove_queue
+from kombu.serialization import registry
 from pyramid.exceptions import ConfigurationError
 from pyramid.paster import get_app
 from webapp import EXPLICIT, GATES, browser, echo, gate
@@ -364,6 +365,42 @@ def test_what_was_sent_is_asked_for_while_bells_come(broker, monkeypatch):
     ringer = Bells(broker, uuid4().hex, 10)
     ringer._pass_on([Ring("a" * 32, "queue", BELL, False)])
     assert ringer._unconfirmed == []
+
+
+def test_bells_are_json_whatever_the_process_does_with_kombu(broker, monkeypatch):
+    monkeypatch.setattr(registry, "_default_encode", registry._encoders["pickle"].encoder)
+    monkeypatch.setattr(registry, "_default_content_type", "application/x-python-serialize")
+    monkeypatch.setattr(registry, "_default_content_encoding", "binary")
+    ringer, queue = Bells(broker, "queue", 10), uuid4().hex
+    ringer._pass_on([Ring("a" * 32, queue, BELL, False)])
+    [(body, kind, _)] = messages(queue, broker)
+    assert (kind, json.loads(body)[0]) == ("application/json", ["a" * 32])
+
+
+def test_what_is_rung_while_the_broker_is_asked_is_sent_before_the_end(broker):
+    ringer, queue = Bells(broker, uuid4().hex, 100), uuid4().hex
+    ringer._confirmed = time.monotonic() + 60  # nothing is asked for while bells come
+    confirm = ringer._confirm
+
+    def ring_and_stop():
+        del ringer._confirm
+        confirm()
+        for number in range(10):
+            ringer.ring(f"{number:032}", queue, BELL)
+        ringer.stopped.set()
+        ringer._waiting.put(None)
+
+    ringer._confirm = ring_and_stop
+    ringer.ring("a" * 32, queue, BELL)
+    ringer.start()
+    ringer._thread.join(10)
+    assert len(messages(queue, broker)) == 11
+
+
+def test_who_is_rung_for_once_more_does_not_wait_long_for_the_record(broker, monkeypatch):
+    monkeypatch.setattr(module, "RECORD_TIMEOUT", 3600)
+    with client(broker) as web:
+        web.scheduler.executor.answer("f" * 32, again=True)
 
 
 def test_a_bell_that_was_dropped_may_be_rung_again(caplog):

@@ -308,6 +308,17 @@ def test_what_a_silent_process_showed_is_rescued(machines, key, at, wait_for):
     assert other.root(lambda root: root["n"]) == 1
 
 
+def test_sign_of_an_attempt_is_kept_by_a_process_that_has_no_room_for_its_job(machines, key, at):
+    one, other = machines.process(), machines.process()
+    with unclaimed(one, key, at) as sid:
+        one.recovery.beat()
+        other.executor.room = lambda: 0
+        for _ in range(3):
+            other.recovery.look()
+            machines.pass_time(LEASE + 1)
+        assert read_signs(other) == {one.store.process: (1, {sid})}
+
+
 def test_what_was_given_back_waits_for_no_sign_to_age(machines, key):
     one, other = machines.process(), machines.process()
     sid = one.plant(note, key)
