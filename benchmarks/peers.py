@@ -89,11 +89,10 @@ def main(quick: bool) -> None:
     present = {name: peer for name, peer in PEERS.items() if can_run(name, peer)}
     count, rounds = (30, 2) if quick else (300, 7)
     with surroundings(count) as site, ExitStack() as stack:
-        ready = {
-            name: stack.enter_context(peer.running(site, name)) for name, peer in present.items()
-        }
+        for name, peer in present.items():
+            stack.enter_context(peer.working(site, name))
         print(f"{count} jobs, {rounds} rounds: median jobs/s; median latency of single jobs, ms")
-        measures = {name: partial(pace, site, app, count) for name, app in ready.items()}
+        measures = {name: partial(pace, site, name, count) for name in present}
         measured = interleaved(measures, rounds)
     for name, paces in measured.items():
         rate, latency = (median(values) for values in zip(*paces, strict=True))
@@ -121,10 +120,12 @@ class Site(NamedTuple):
     connection: Any  # that looks for the jobs' changes
 
 
-def pace(site: Site, app: Any, count: int) -> Pace:
-    many(site, app, min(count, 20))  # warm
-    latency = median(many(site, app, 1) for _ in range(min(count, 20)))
-    return Pace(count / many(site, app, count), latency)
+def pace(site: Site, name: str, count: int) -> Pace:
+    # One application at a time: each has a client of ZEO, which hears of every commit.
+    with serving(site, name, PEERS[name].settings) as app:
+        many(site, app, count)  # warm: a process of requests lives long
+        latency = median(many(site, app, 1) for _ in range(min(count, 20)))
+        return Pace(count / many(site, app, count), latency)
 
 
 def many(site: Site, app: Any, count: int) -> float:
@@ -305,15 +306,15 @@ class Peer(NamedTuple):
     settings: dict[str, Any] = {}
 
     @contextmanager
-    def running(self, site: Site, name: str) -> Iterator[Any]:
-        """Workers that run, and the application that feeds them."""
+    def working(self, site: Site, name: str) -> Iterator[None]:
+        """Workers that run."""
         with ExitStack() as stack:
             if name == "procrastinate":
                 stack.enter_context(procrastinate_database(site.name))
             stack.callback(remove_queues, name, site.name)
             for _ in range(self.processes):
                 stack.enter_context(program(site, *self.command(site, name)))
-            yield stack.enter_context(serving(site, name, self.settings))
+            yield
 
     def command(self, site: Site, name: str) -> list[str]:
         if self.worker is not None:

@@ -151,7 +151,7 @@ def zeo_celery(count: int) -> Iterator[Place]:
         ini = Path(site.directory, "ours.ini")
         short_life = f"async.result_timeout = {RESULT_TIMEOUT}\n[loggers]"
         ini.write_text(ini.read_text().replace("[loggers]", short_life))
-        with PEERS[OURS].running(site, OURS) as app:
+        with PEERS[OURS].working(site, OURS), serving(site, OURS, {}) as app:
             yield on_zeo(site, app)
 
 
