@@ -102,7 +102,6 @@ class Worker:
                 failure = self._give_up(record, table)
                 if failure is not None:
                     return failure
-                self._reach(record, table)
                 record.lose(self.store.clock())
             return bool(record.status == ACCEPTED)
 
@@ -167,16 +166,16 @@ class Worker:
             return failure
         if record.holder is None and self.holder is None:
             record.contested = True  # who answered an earlier bell may only be frozen
-        self._reach(record, table)
         record.claim(self.store.process, job.signature, self.store.clock())
         return True
 
-    def _reach(self, record: JobRecord, table: Any) -> None:
+    def _give_up(self, record: JobRecord, table: Any) -> Failure | None:
+        """Note what was seen of the last attempt; fail a job whose runners died too often.
+
+        Returns the reason of the failure, or None.
+        """
         live = table.live(record)
         record.reach(live and live.percent)
-
-    def _give_up(self, record: JobRecord, table: Any) -> Failure | None:
-        """Fail a job whose runners died too often, and return the reason: what was seen."""
         runner = table.runner(record)
         if record.signature is None and runner is not None:
             record.attempts += 1  # it needed no claim, but it was seen to run
@@ -190,7 +189,6 @@ class Worker:
         if record.status == ACCEPTED:
             record.move(RUNNING, now)
         record.failure = failure = Failure("JobLost", reason, "", token_hex(6))
-        self._reach(record, table)
         record.finish(FAILED, now, self.result_timeout)
         return failure
 

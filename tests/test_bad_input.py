@@ -151,7 +151,7 @@ def test_wake_up_with_a_malformed_sid_is_dropped(one, sid, key):
     before = one.db.lastTransaction()
     one.executor.wake(True, sid)
     one.worker.run(sid)
-    one.worker.run(sid, "signature")
+    one.worker.run(sid, 1)
     one.worker.run(sid, None)
     assert one.db.lastTransaction() == before
     assert still_works(one, key)
@@ -442,7 +442,7 @@ def test_sid_forges_no_line_of_the_log(one, sid, caplog):
     caplog.set_level("DEBUG")
     one.executor.wake(True, sid)
     one.worker.run(sid, None)
-    one.worker.run(sid, "x")
+    one.worker.run(sid, 1)
     one.ask(lambda scheduler: scheduler.cancel(sid))
     assert not any("\n" in line for line in headlines(caplog))
 

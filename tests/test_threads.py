@@ -259,7 +259,7 @@ def test_wake_up_that_comes_while_nothing_is_found_is_not_lost(db, key, kind):
     with process(kind, db, workers=1) as one:
         run = one.worker.run
 
-        def slow(sid, seen=""):
+        def slow(sid, seen):
             found = run(sid, seen)
             if not found:
                 looked.set()
