@@ -1,4 +1,4 @@
-"""The operator's page and `pasync list`: the time of a page beside 100,000 records."""
+"""The operator's page, `pasync list` and a user's own jobs beside 100,000 records."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from pyramid_async import manage
 from pyramid_async.interfaces import IScheduler
 from pyramid_async.jobs import DISMISSED, FAILED, SUCCESSFUL, Failure, JobRecord
 from pyramid_async.process import new_id
+from pyramid_async.scheduler import Caller
 from pyramid_async.transactional import transact
 
 from .surroundings import BATCH, application
 
 NEVER = 1e8  # seconds: no maintenance meanwhile
 HOUR = 3600.0
+USER = "a user"
 FAILURE = Failure("ZeroDivisionError", "division by zero", "Traceback\n" * 20, "0123456789ab")
 # Of a hundred jobs one fails and two are dismissed.
 STATUSES = [FAILED, DISMISSED, DISMISSED, *97 * [SUCCESSFUL]]
@@ -65,7 +67,14 @@ def pages(scheduler: Any) -> dict[str, Callable[[], Any]]:
         "finished, first page": partial(page, manage.FINAL),
         "finished, from the middle": partial(page, manage.FINAL, cursor=middle),
         "all that hold a text that none has": partial(page, text="no such text"),
+        "jobs() of a user who has ten": partial(
+            transact, scheduler.store, partial(own_jobs, scheduler)
+        ),
     }
+
+
+def own_jobs(scheduler: Any, table: Any) -> None:
+    assert len(scheduler.bind(table.tm, Caller(owner=USER)).jobs()) == 10
 
 
 @contextmanager
@@ -73,7 +82,9 @@ def filled(store: str, finished: int, unfinished: int) -> Iterator[Any]:
     with application(store, maintenance_interval=NEVER, max_pending=1_000_000) as app:
         scheduler = app.registry.getUtility(IScheduler)
         scheduler.executor.stopped = True  # nothing runs
-        moments = iter(range(finished))
+        moments = iter(range(finished + 10))
+        sids = transact(scheduler.store, partial(add_finished, scheduler, 10, moments, owner=USER))
+        scheduler.store.archive(sorted(sids))
         for size in batches(finished):
             sids = transact(scheduler.store, partial(add_finished, scheduler, size, moments))
             scheduler.store.archive(sorted(sids))
@@ -86,10 +97,10 @@ def batches(count: int) -> list[int]:
     return [min(BATCH, count - start) for start in range(0, count, BATCH)]
 
 
-def add(scheduler: Any, count: int, table: Any) -> list[JobRecord]:
+def add(scheduler: Any, count: int, table: Any, owner: str = "somebody else") -> list[JobRecord]:
     now = scheduler.store.clock()
     function = scheduler.store.reference(time.sleep)
-    records = [JobRecord(sid, now, function, owner="somebody", holder="p") for sid in ids(count)]
+    records = [JobRecord(sid, now, function, owner=owner, holder="p") for sid in ids(count)]
     for record in records:
         table.add(record)
     return records
@@ -100,10 +111,12 @@ def ids(count: int) -> list[str]:
     return sorted(new_id() for _ in range(count))
 
 
-def add_finished(scheduler: Any, count: int, moments: Iterator[int], table: Any) -> list[str]:
+def add_finished(
+    scheduler: Any, count: int, moments: Iterator[int], table: Any, **facts: Any
+) -> list[str]:
     """Add jobs that ended in the course of the last hour."""
     now = scheduler.store.clock()
-    records = add(scheduler, count, table)
+    records = add(scheduler, count, table, **facts)
     for record, number, status in zip(records, moments, cycle(STATUSES), strict=False):
         ended = now - HOUR + HOUR * (number * 7919 % 100_000) / 100_000
         record.claim("p", new_id(), ended)

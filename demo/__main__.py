@@ -25,11 +25,8 @@ def main():
     port = parser.parse_args().port
     if sys.version_info < (3, 11):  # noqa: UP036
         sys.exit("The demo needs Python 3.11 or later.")
-    for used in (
-        port,
-        port + 1,
-    ):  # the second is another origin, for the page that calls from there
-        check_port(used)
+    check_port(port)
+    check_port(port + 1)  # another origin, for the page that calls from there
     if not installed():
         install()
     print(f"Open http://localhost:{port}/ (Ctrl-C ends the server.)", flush=True)

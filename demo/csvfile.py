@@ -94,12 +94,17 @@ class CsvFile:
 
     def _header(self) -> list[str]:
         """Return the first row that is not empty, every name made present and unique."""
+        names: list[str] | None = []
         try:
-            names = next(filter(None, self._reader), None)
+            while names == []:
+                self._lines.start_row()
+                names = next(self._reader, None)
         except csv.Error as error:
             raise NotCsv(f"The header cannot be read: {error}.") from error
         if names is None:
             raise NotCsv("The file is empty.")
+        if self._misquoted():
+            raise NotCsv("The header has a quote that is not closed.")
         if len(names) > MAX_COLUMNS:
             raise NotCsv(f"The file has {len(names):,} columns; at most {MAX_COLUMNS} are read.")
         return unique_names(names)
@@ -108,34 +113,40 @@ class CsvFile:
         """Yield every row below the header: its cells, or what is wrong with it."""
         row = 1
         while True:
-            line = self._lines.start_row()
+            line, fault = self._lines.start_row(), None
             try:
                 cells = next(self._reader, None)
-                shape = self._misshapen(cells) if cells else None
             except csv.Error as error:
-                cells, shape = [], str(error)
+                cells, fault = [], str(error)
             if cells is None:
                 return
-            if not cells and not shape:
+            if not cells and not fault:
                 continue  # an empty line
             row += 1
             if row > MAX_ROWS + 1:
                 raise NotCsv(f"The file has more than {MAX_ROWS:,} rows; split it.")
-            if shape and self._lines.taken > 1:
-                # Most likely a quote that is never closed: the lines below it are good rows.
+            if self._lines.taken > 1 and (fault or self._misquoted()):
+                # The lines below it are good rows.
                 self._lines.put_back()
-                shape = "a quoted cell that does not end where it should"
-            fault = shape or self._unreadable(cells)
+                fault = "a quoted cell that does not end where it should"
+            fault = fault or self._misshapen(cells) or self._unreadable(cells)
             yield BrokenRow(row, line, fault) if fault else cells
+
+    def _misquoted(self) -> bool:
+        """Say whether the quote of the row is never closed, or was by the quote of another row."""
+        if self._lines.cut_short or self._lines.taken == 1:
+            return self._lines.cut_short
+        try:
+            next(csv.reader(self._lines.row, **self.dialect, strict=True))
+        except csv.Error:
+            return True
+        return False
 
     def _misshapen(self, cells: list[str]) -> str | None:
         if self._lines.cut_short:
             return "the file ends inside of a quoted cell"
         if len(cells) != len(self.columns):
             return f"{counted(len(cells), 'column')} instead of {len(self.columns)}"
-        if self._lines.taken > 1:
-            # Raises csv.Error when the quotes of two rows were taken for a pair.
-            next(csv.reader(self._lines.row, **self.dialect, strict=True))
         return None
 
     def _unreadable(self, cells: list[str]) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import transaction
 from transaction.interfaces import DoomedTransaction, TransientError
+from ZODB.blob import Blob
 from ZODB.POSException import InvalidObjectReference
 
 from .current import Job, running
@@ -163,6 +164,8 @@ class Attempt:
             value = f(*args, **kw)
             if inspect.iscoroutine(value):
                 value = asyncio.run(value)
+            if inspect.isgeneratorfunction(f) or inspect.isasyncgenfunction(f):
+                raise TypeError(f"the body of {f!r} did not run: it makes a generator")
             job.check()
         return value
 
@@ -197,6 +200,8 @@ class Attempt:
         return record
 
     def _succeed(self, value: Any) -> None:
+        if isinstance(value, FileResult) and not isinstance(value.content, bytes | Blob):
+            raise TypeError(f"a FileResult is bytes or a Blob, not {type(value.content).__name__}")
         record = self._own()
         if value is not None:
             record.result = self.store.pack(value, self.table)

@@ -89,7 +89,8 @@ class Bells:
         self.stopped = threading.Event()
         self._waiting: queue.SimpleQueue[Ring | None] = queue.SimpleQueue()
         self._rung: dict[str, float] = {}  # sid -> when, monotonic
-        self._passed_over: dict[str, float] = {}  # sid -> since when, monotonic
+        # Sid -> since when, and when for the last time, monotonic.
+        self._passed_over: dict[str, tuple[float, float]] = {}
         self._lengths: dict[str, tuple[float, int]] = {}  # queue -> (when, messages in it)
         self._connection: Any = None
         self._producer: Any = None  # of that connection
@@ -219,21 +220,32 @@ class Bells:
         """Say whether the queue is still being worked off, the job's own bell in it.
 
         Every process looks for jobs that nobody began: while the workers are behind or down,
-        they would fill the queue with copies.
+        they would fill the queue with copies.  Where it holds more messages than there are such
+        jobs, copies are among them, and no more are made.
         """
-        if not self._length(ring.queue):
+        length = self._length(ring.queue)
+        if not length:
             return False
         if len(self._passed_over) > self.most:
             self._passed_over.clear()
         now = time.monotonic()
-        return now - self._passed_over.setdefault(ring.sid, now) < PASSED_OVER
+        since, _ = self._passed_over.get(ring.sid, (now, now))
+        self._passed_over[ring.sid] = since, now
+        return now - since < PASSED_OVER or length > len(self._passed_over)
 
     def _length(self, queue_name: str) -> int:
         when, length = self._lengths.get(queue_name, (-LENGTH_KNOWN, 0))
         if time.monotonic() - when >= LENGTH_KNOWN:
             length = self._declare(queue_name)
             self._lengths[queue_name] = time.monotonic(), length
+            self._forget_begun()
         return length
+
+    def _forget_begun(self) -> None:
+        """Forget the jobs that recovery asks for no longer."""
+        recent = time.monotonic() - PASSED_OVER
+        kept = {sid: times for sid, times in self._passed_over.items() if times[1] >= recent}
+        self._passed_over = kept
 
     def _declare(self, queue_name: str) -> int:
         """Make the queue where it is missing; return the number of messages in it."""

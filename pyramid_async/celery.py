@@ -88,7 +88,7 @@ class CeleryExecutor:
         self.worker = worker
         self.make_bells = make_bells
         self.shutdown_timeout = shutdown_timeout
-        self.workers = site.concurrency  # connections to make room for
+        self.workers = site.concurrency
         self.recovery: Any = None
         self.stopped = threading.Event()
         self.suspended = False
@@ -106,7 +106,8 @@ class CeleryExecutor:
                 return
             self.bells = self.make_bells()
             self.bells.start()
-            if self.recovery is not None:
+            if self.recovery is not None and self.workers:
+                # A worker finds lost jobs by itself; without one nothing could run them.
                 self.recovery.start()
             self._pid = os.getpid()
             atexit.register(self.stop)
@@ -225,7 +226,7 @@ signals_of_celery = Signals()
 class Site:
     """The application of this worker process: made after the fork, once, closed at the end."""
 
-    concurrency = 1  # jobs at one time in one process
+    concurrency = 0  # jobs at one time in one process; none in one that only schedules
 
     def __init__(self) -> None:
         self.ini: str | None = None
@@ -238,6 +239,7 @@ class Site:
         """Note that this is the worker's main process."""
         if self.ini is None:
             refuse("give the application: celery -A pyramid_async.celery worker --ini FILE")
+        self.concurrency = 1
         signals_of_celery.parent = os.getpid()
         self._failed = mmap.mmap(-1, 1)
 
@@ -262,6 +264,12 @@ class Site:
             raise ConfigurationError("the application does not include pyramid_async")
         if not isinstance(scheduler.executor, CeleryExecutor):
             raise ConfigurationError("the application's async.executor is not celery")
+        if listens_elsewhere(scheduler.settings):
+            raise ConfigurationError(
+                "the application has another async.celery.broker or async.celery.queue than its"
+                " file, which the worker listens to: set them there; name the application's section"
+                " where it is not main (--ini FILE#section); or give the worker -b and -Q"
+            )
         return scheduler.executor
 
     def make(self) -> None:
@@ -291,6 +299,15 @@ class Site:
 
 
 site = Site()
+
+
+def listens_elsewhere(settings: dict[str, Any]) -> bool:
+    """Say whether the worker hears no bells of the application; its options are believed."""
+    broker = os.environ.get("CELERY_BROKER_URL")  # so Celery passes -b on
+    queues = [*app.amqp.queues.consume_from]
+    return (not broker and app.conf.broker_url != settings["celery.broker"]) or (
+        queues == [app.conf.task_default_queue] != [settings["celery.queue"]]
+    )
 
 
 @app.task(name=BELL, ignore_result=True, bind=True)

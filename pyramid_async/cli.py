@@ -19,8 +19,8 @@ from . import manage
 from .config import databases, idle
 from .documents import timestamp
 from .interfaces import AsyncError, IScheduler
-from .jobs import STATUSES
-from .manage import FINAL, Page, Report
+from .jobs import FINAL, STATUSES
+from .manage import Page, Report
 
 # Jobs that one transaction looks at: nobody else waits for it.
 SCAN = 10_000

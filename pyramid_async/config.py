@@ -202,11 +202,12 @@ def fork_tween_factory(handler: Any, registry: Any) -> Any:
 def enlarge_pools(registry: Any, workers: int) -> None:
     """Make room in the pools for our connections, so that the ZODB never warns.
 
-    One for each worker, one for recovery, one for a view's own transaction and one that a
-    worker opens for a claim or a failure.
+    One for each worker and one that it opens for a claim or a failure; one for recovery; and for
+    each thread of the server, which has a connection for its request, one for a view's own
+    transaction.
     """
     for database in databases(registry).values():
-        database.setPoolSize(database.getPoolSize() + 2 * workers + 2)
+        database.setPoolSize(2 * database.getPoolSize() + 2 * workers + 2)
 
 
 # -- request.scheduler -----------------------------------------------------------------

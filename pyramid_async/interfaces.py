@@ -192,7 +192,8 @@ class IScheduler(Interface):
         """Return the statuses of the user's own jobs, newest first (*status*: a name or several).
 
         Without a user there are none; without a request they are everybody's.
-        Cost: reads every record that the store holds.
+        Cost: reads every unfinished record, the list of the finished ones, and of those the
+        user's own.
         """
 
     def accepted(sid: str) -> Any:
@@ -307,6 +308,9 @@ class IJobTable(Interface):
         ones that `unfinished` tells; among them may be removed ones.
         """
 
+    def owned(owner: str, statuses: Any) -> Any:
+        """Iterate over the sids of a user's among those that `ended` tells, in no order."""
+
     def findings() -> Any:
         """Iterate over (sid, sentence) of what does not fit in the lists of records.
 
@@ -350,6 +354,7 @@ class IExecutor(Interface):
     held = Attribute("The sids that wait or run in this process.")
     grace = Attribute("Seconds that recovery leaves a job alone which nobody holds.")
     suspended = Attribute("True while no jobs are to be taken; set by recovery.")
+    workers = Attribute("How many jobs may run in this process at one time.")
 
     def wake(committed: bool, sid: str, queue: str | None = None) -> None:
         """After-commit hook: pass the sid on.

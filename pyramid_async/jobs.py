@@ -25,6 +25,8 @@ TRANSITIONS: dict[str, tuple[str, ...]] = {
     DISMISSED: (),
 }
 STATUSES = tuple(TRANSITIONS)
+FINAL = tuple(status for status in STATUSES if not TRANSITIONS[status])
+UNFINISHED = tuple(status for status in STATUSES if TRANSITIONS[status])
 
 
 # In place of a job's revision: nobody can have begun it.
@@ -43,7 +45,10 @@ class Failure(NamedTuple):
 
 @dataclass(frozen=True)
 class FileResult:
-    """A result that is a file: a ZODB blob or bytes, served as an attachment."""
+    """A result that is a file: a ZODB blob or bytes, served as an attachment.
+
+    A job that returns one of anything else fails with TypeError.
+    """
 
     content: Any
     media_type: str = "application/octet-stream"

@@ -13,14 +13,11 @@ from typing import Any, NamedTuple
 
 from .documents import timestamp
 from .interfaces import AsyncError, JobNotFound
-from .jobs import STATUSES, TRANSITIONS, Failure, JobRecord, JobStatus
+from .jobs import FINAL, STATUSES, UNFINISHED, Failure, JobRecord, JobStatus
 from .recovery import process_name
 from .transactional import transact
 
 log = logging.getLogger(__name__)
-
-FINAL = tuple(status for status in STATUSES if not TRANSITIONS[status])
-UNFINISHED = tuple(status for status in STATUSES if TRANSITIONS[status])
 
 # Jobs that one page looks at, at most: its time has a bound, however few of them fit.
 SCAN = 1000

@@ -19,8 +19,8 @@ from pyramid.response import Response
 from . import manage
 from .documents import no_such_job, problem, timestamp
 from .interfaces import IScheduler, JobNotFound, NotRetriable
-from .jobs import STATUSES
-from .manage import FINAL, UNFINISHED, BadCursor, Page, Process, Report
+from .jobs import FINAL, STATUSES, UNFINISHED
+from .manage import BadCursor, Page, Process, Report
 from .resources import add_resource
 from .views import manages
 from .waiting import parameters

@@ -340,10 +340,16 @@ class RamTable:
     def ended(
         self, statuses: Any, before: tuple[float, str] | None = None
     ) -> list[tuple[float, str]]:
+        places = ((s["finished"], s["sid"]) for s in self._ended(statuses))
+        return sorted((p for p in places if before is None or p < before), reverse=True)
+
+    def owned(self, owner: str, statuses: Any) -> list[str]:
+        return [s["sid"] for s in self._ended(statuses) if s.get("owner") == owner]
+
+    def _ended(self, statuses: Any) -> Iterator[dict[str, Any]]:
         with self.store.lock:
             states = [state for _, state in self.store.states.values()]
-        places = ((s["finished"], s["sid"]) for s in states if s.get("status") in statuses)
-        return sorted((p for p in places if before is None or p < before), reverse=True)
+        return (state for state in states if state.get("status") in statuses)
 
     def findings(self) -> tuple[()]:
         return ()  # there is nothing beside the records

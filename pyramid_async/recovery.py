@@ -317,8 +317,8 @@ class Recovery:
             self.executor.put(sid, FRESH, queue)
         elif self._lost(record, holder, table):
             # Not what waits for a worker, look after look, nor what we let go a moment ago.
-            if record.holder not in (None, self.store.process):
-                log.info("job %r is taken up: %s", sid, table.last_seen(record.holder))
+            if holder not in (None, self.store.process):
+                log.info("job %r is taken up: %s", sid, table.last_seen(holder))
             self.executor.put(sid, None if holder is None else record.revision, queue)
 
     def _lost(self, record: JobRecord, holder: str | None, table: Any) -> bool:

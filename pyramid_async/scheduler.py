@@ -25,7 +25,17 @@ from .interfaces import (
     JobNotFound,
     NotRetriable,
 )
-from .jobs import ACCEPTED, DISMISSED, FAILED, JobRecord, JobStatus, check_options, status_of
+from .jobs import (
+    ACCEPTED,
+    DISMISSED,
+    FAILED,
+    FINAL,
+    STATUSES,
+    JobRecord,
+    JobStatus,
+    check_options,
+    status_of,
+)
 from .process import new_id
 from .ram import RamStore
 from .recovery import Recovery
@@ -274,26 +284,32 @@ class Scheduler:
 
     def jobs(self, status: str | Iterable[str] | None = None) -> list[JobStatus]:
         """See IScheduler."""
-        wanted = {status} if isinstance(status, str) else status and set(status)
-        table = self._table()
-        statuses = self._statuses(table)
-        found = [job for job in statuses if not wanted or job.status in wanted]
+        wanted = {status} if isinstance(status, str) else set(status or STATUSES)
+        if self._caller.owner is None and not self._caller.sees_all:
+            return []  # a job without an owner is known by its id alone
+        found = [job for job in self._statuses(wanted) if job.status in wanted]
         return sorted(found, key=lambda job: (job.created, job.sid), reverse=True)
 
-    def _is_own(self, record: JobRecord) -> bool:
-        # A job without an owner is known by its id alone.
-        caller = self._caller
-        return caller.sees_all or (caller.owner is not None and record.owner == caller.owner)
-
-    def _statuses(self, table: Any) -> Iterator[JobStatus]:
-        now = self.store.clock()
-        for sid, record in table.records():
+    def _statuses(self, wanted: set[str]) -> Iterator[JobStatus]:
+        table, caller = self._table(), self._caller
+        # One that ends meanwhile may be told twice, in RAM.
+        for sid in dict.fromkeys(self._sids(wanted, table)):
             try:
-                if not record.expired(now) and self._is_own(record):
+                record = table.get(sid)
+                if record is not None and (caller.sees_all or record.owner == caller.owner):
                     yield self._status(record, table)
             except Exception:
                 # One bad record must not hide the others.
                 log.exception("the record of job %r cannot be read", sid)
+
+    def _sids(self, wanted: set[str], table: Any) -> Iterator[str]:
+        """Yield the ids of jobs that may be wanted; others may be among them."""
+        yield from (sid for sid, _ in table.all_unfinished())
+        final = wanted.intersection(FINAL)
+        if self._caller.sees_all:
+            yield from (sid for _, sid in table.ended(final))
+        else:
+            yield from table.owned(self._caller.owner, final)
 
     def accepted(self, sid: str) -> Any:
         """See IScheduler."""

@@ -25,7 +25,7 @@ class BadSetting(ValueError):
 
 def _seconds(value: Any) -> float:
     number = float(value)
-    if not 0 <= number < 1e9:
+    if isinstance(value, bool) or not 0 <= number < 1e9:
         raise ValueError
     return number
 
@@ -39,7 +39,7 @@ def _interval(value: Any) -> float:
 
 def _count(value: Any) -> int:
     number = int(value)
-    if number < 0:
+    if isinstance(value, bool | float) or number < 0:
         raise ValueError
     return number
 
@@ -152,7 +152,8 @@ SETTINGS = (
         _seconds,
         SECONDS,
         5.0,
-        "Seconds that running jobs get to end when the process stops.",
+        "Seconds that running jobs get to end when the process stops; those that do not are given"
+        " back, for which it takes one more at most.",
     ),
     Setting(
         "wait_max",

@@ -263,7 +263,7 @@ class Worker:
 
     def _log_failure(self, job: Job, error: BaseException, failure: Failure) -> None:
         if failure.text is not None:  # meant for the user: nothing is wrong with the program
-            log.info("job %r failed, errorID %s: %r", job.sid, failure.error_id, failure.text)
+            log.warning("job %r failed, errorID %s: %r", job.sid, failure.error_id, failure.text)
             return
         log.error(
             "job %r raised %s, errorID %s: %r",

@@ -69,7 +69,7 @@ class JobRoot(Persistent):
         self.keys = tuple(OOBTree() for _ in range(shards))  # key -> sid, also of finished jobs
         # Written by maintenance alone; of removed records too, until their time is over.
         self.expiry = OOBTree()  # (minute, sid) -> span, where one of `ended` has it
-        # Status -> {(span, sid): time of the end}; the spans grow towards the past.
+        # Status -> {(span, sid): (time of the end, owner)}; the spans grow towards the past.
         self.ended = {status: OOBTree() for status in (SUCCESSFUL, FAILED, DISMISSED)}
         self.signs = OOBTree()  # process -> Sign; see recovery
 
@@ -348,7 +348,7 @@ class ZodbTable:
         del self.root.unfinished[shard][sid]  # type: ignore[index]
         self.root.finished[shard][sid] = record  # type: ignore[index]
         span = span_of(record.finished)
-        self.root.ended[record.status][span, sid] = record.finished
+        self.root.ended[record.status][span, sid] = record.finished, record.owner
         self.root.expiry[self.root.expires(record)] = span
         self._free_key(record)
 
@@ -403,7 +403,8 @@ class ZodbTable:
     def _fetch(self, objects: Any) -> None:
         """Let a storage that is a server's send what is missing, all at once."""
         missing = [o for o in objects if getattr(o, "_p_changed", False) is None]
-        if missing:
+        # Behind a savepoint it has none, and the connection would never try again.
+        if missing and hasattr(self.connection._storage, "prefetch"):
             self.connection.prefetch(missing)
 
     def ended(
@@ -412,8 +413,14 @@ class ZodbTable:
         first = None if before is None else (span_of(before[0]), "")
         listed = merge(*(self.root.ended[status].items(min=first) for status in statuses))
         for _, span in groupby(listed, key=lambda item: item[0][0]):
-            places = sorted(((finished, sid) for (_, sid), finished in span), reverse=True)
+            places = sorted(((finished, sid) for (_, sid), (finished, _) in span), reverse=True)
             yield from places if before is None else (p for p in places if p < before)
+
+    def owned(self, owner: str, statuses: Any) -> Iterator[str]:
+        for status in statuses:
+            for (_, sid), (_, theirs) in self.root.ended[status].items():
+                if theirs == owner:
+                    yield sid
 
     def findings(self) -> Iterator[tuple[str, str]]:
         """See IJobTable."""

@@ -24,11 +24,13 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from uuid import uuid4
 
 import pytest
 import transaction
 import webapp
+from bare import Clock
 from crash.executors import BROKERS, remove_queue
 from kombu.serialization import registry
 from pyramid.exceptions import ConfigurationError
@@ -298,6 +300,26 @@ def test_a_job_that_is_passed_over_for_long_is_rung_for_all_the_same(broker, mon
         assert len(messages(web.scheduler.settings["celery.queue"], broker)) == 2
 
 
+def test_copies_of_bells_do_not_pile_up_while_workers_are_behind(broker, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(bells, "time", SimpleNamespace(monotonic=clock))
+    ringer, queue = Bells(broker, "queue", 10), uuid4().hex
+    jobs = [f"{number:032}" for number in range(3)]
+    ringer._pass_on([Ring(job, queue, BELL, False) for job in jobs])
+
+    def pass_time(seconds, jobs):
+        for _ in range(0, seconds, 10):
+            clock.now += 10
+            for job in jobs:
+                ringer._pass_on([Ring(job, queue, AGAIN, True)])
+
+    pass_time(3600, jobs)
+    assert set(ringer._passed_over) == set(jobs)
+    pass_time(400, jobs[:1])
+    assert set(ringer._passed_over) == set(jobs[:1])
+    assert len(messages(queue, broker)) == 4
+
+
 def test_recovery_rings_in_the_queue_that_a_job_was_scheduled_with(broker):
     other = uuid4().hex
     with client(broker) as web:
@@ -310,6 +332,14 @@ def test_recovery_rings_in_the_queue_that_a_job_was_scheduled_with(broker):
         executor.stop(5)
         assert [task for _, _, task in messages(other, broker)] == [AGAIN]
         assert messages(queue, broker) == []
+
+
+def test_who_runs_no_jobs_looks_for_none(broker):
+    with client(broker) as web:
+        web.start(echo)
+        names = {thread.name for thread in threading.enumerate()}
+        assert "pyramid_async-bells" in names
+        assert "pyramid_async-recovery" not in names
 
 
 @pytest.mark.parametrize("reason", ["suspended", "ends"])
@@ -760,15 +790,14 @@ class Deployment:
         import psycopg2
 
         name = f"test_{uuid4().hex}"
-        self.edit(
-            "relstorage.conf",
-            {
-                "dbname='shop' user='shop' host='db.example.org'": (
-                    f"dbname='{name}' user='postgres' host='127.0.0.1'"
-                ),
-                "keep-history false": f"keep-history {keep_history}",
-            },
-        )
+        changes = {
+            "dbname='shop' user='shop' host='db.example.org'": (
+                f"dbname='{name}' user='postgres' host='127.0.0.1'"
+            ),
+            "keep-history false": f"keep-history {keep_history}",
+        }
+        for conf in ("relstorage.conf", "pack.conf"):
+            self.edit(conf, changes)
         self.edit("production.ini", {"zodb.conf": "relstorage.conf"})
 
         def execute(statement):
@@ -808,11 +837,12 @@ class Deployment:
         lines = (line.split() for line in self.log().splitlines())
         return [int(line[1]) for line in lines if line[0] == event]
 
-    def worker(self, *options, wait=True):
+    def worker(self, *options, wait=True, general=()):
         """Start a Celery worker as the guide says, and wait until it takes jobs."""
         log = f"worker-{uuid4().hex}"
         process = self.start(
-            *("-m", "celery", "-A", "pyramid_async.celery", "worker", "--ini", "production.ini"),
+            *("-m", "celery", "-A", "pyramid_async.celery", *general),
+            *("worker", "--ini", "production.ini"),
             *("-c", "2", "-n", log, "--without-gossip", "--without-mingle", *options),
             log=log,
         )
@@ -1145,6 +1175,21 @@ def test_what_is_killed_loses_no_job(who, deploy):
     (site.directory / "go").touch()
     web.ended_well(*sids, *waiting)
     assert web.status(sids[0]).attempts == 2
+    logs = [path.read_text() for path in site.directory.glob("worker-*")]
+    assert any(f"job {sids[0]!r} is taken up: process " in log for log in logs)
+
+
+@services
+@slow
+@pytest.mark.parametrize("storage", ["relstorage", "relstorage_with_history"])
+def test_the_shown_file_packs_a_relstorage(storage, deploy):
+    site = deploy(storage)
+    web = site.web()
+    site.worker()
+    web.ended_well(web.sell())
+    pack = Path(sys.executable).with_name("zodbpack")
+    subprocess.run([pack, "-d", "0", site.directory / "pack.conf"], check=True)
+    web.ended_well(web.sell())
 
 
 @services
@@ -1242,6 +1287,13 @@ WRONG = {
         {"async.executor = celery": "", "zconfig://%(here)s/zodb.conf": "memory://"},
         "async.executor is not celery",
     ),
+    "the section": (
+        {
+            "[app:main]": "[pipeline:main]\npipeline = shop\n\n[app:shop]",
+            "zconfig://%(here)s/zodb.conf": "memory://",
+        },
+        "async.celery.queue than its file",
+    ),
     "the application": ({"shop:main": "nowhere:main"}, "No module named 'nowhere'"),
     "the storage": ({"zodb.conf": "nothing.conf"}, "nothing.conf"),
 }
@@ -1257,6 +1309,17 @@ def test_a_worker_that_is_set_up_wrongly_ends_and_says_why(what, deploy):
     worker = site.worker(wait=False)
     assert worker.wait(20) == 1
     assert reason in site.log(worker.log)
+
+
+@services
+@slow
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_a_worker_may_be_told_where_to_listen_in_the_place_of_its_file(pool, deploy):
+    site = deploy()
+    web = site.web()
+    site.edit("production.ini", {"[app:main]": "[pipeline:main]\npipeline = shop\n\n[app:shop]"})
+    site.worker("-P", pool, "-Q", site.queue, general=["-b", RABBITMQ])
+    web.ended_well(web.sell())
 
 
 @services

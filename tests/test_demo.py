@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+import time
+import urllib.request
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -157,6 +161,23 @@ def test_quote_that_is_never_closed_breaks_one_row_alone(after):
     assert [row[:2] for row in broken] == [(3, 3)]
 
 
+def test_row_of_several_lines_that_is_too_wide_is_one_broken_row():
+    _columns, rows, broken = read(b'a,b\n1,"Dear all,\nyes,no\nbye",x\n2,ok\n')
+    assert rows == [["2", "ok"]]
+    assert broken == [BrokenRow(2, 2, "3 columns instead of 2")]
+
+
+@pytest.mark.parametrize("text", ['n;"name\n1;a\n2;b\n', 'n,"name\n1,Ann\n2,"Bob"\n3,Cid\n'])
+def test_quote_of_the_header_that_is_never_closed_loses_no_row_in_silence(text):
+    with pytest.raises(NotCsv, match="a quote that is not closed"):
+        read(text.encode())
+
+
+def test_header_of_several_lines_below_empty_ones_is_read():
+    columns, rows, broken = read(b'\n\nn,"the\nname"\n1,Ann\n')
+    assert (columns, rows, broken) == (["n", "the name"], [["1", "Ann"]], [])
+
+
 def test_quotes_of_two_rows_are_no_pair():
     _columns, rows, broken = read(b'a,b\n1,"open\n2,"closed"\n3,"also"\n')
     assert rows == [["2", "closed"], ["3", "also"]]
@@ -201,6 +222,32 @@ def test_sample_is_real_data_of_many_rows(sample):
 def test_first_command_needs_nothing_but_python():
     command = [sys.executable, "-I", "-S", str(CHECKOUT / "demo"), "--help"]
     assert b"--port" in subprocess.run(command, capture_output=True, check=True).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_first_command_serves_what_was_only_cloned(tmp_path):
+    ignored = shutil.ignore_patterns(".git", ".venv", "*_cache", "__pycache__", "var")
+    shutil.copytree(CHECKOUT, tmp_path / "clone", ignore=ignored)
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        port = server.getsockname()[1]
+    command = [sys.executable, "demo", "--port", str(port)]
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    with subprocess.Popen(command, cwd=tmp_path / "clone", env=environment) as demo:
+        try:
+            assert b"catalogue" in first_page(port, demo).lower()
+        finally:
+            demo.terminate()
+
+
+def first_page(port, demo):
+    """Return the start page, as soon as the demo serves it."""
+    deadline = time.monotonic() + 300
+    while demo.poll() is None and time.monotonic() < deadline:
+        with suppress(OSError), urllib.request.urlopen(f"http://localhost:{port}/") as answer:
+            return answer.read()
+        time.sleep(0.2)
+    raise AssertionError(f"nobody serves port {port}; the demo's exit status: {demo.poll()}")
 
 
 # -- searching -------------------------------------------------------------------------

@@ -1452,6 +1452,77 @@ def test_jobs_are_the_users_own_newest_first(web):
 
 
 @in_both_stores
+def test_jobs_that_ended_long_ago_are_listed_for_their_user_alone(web):
+    users = ["ann", "bob", "ann", None]
+    sids = [web.schedule(fail if user == "bob" else give, 1, user=user) for user in users]
+    for sid in sids:
+        web.wait(sid)
+    web.scheduler.store.archive(sids)
+    young = web.schedule(give, 1, user="ann")
+    web.wait(young)
+
+    def own(user, *statuses):
+        return {job.sid for job in web.do(lambda r: r.scheduler.jobs(*statuses), user=user)}
+
+    assert own("ann") == own("ann", "successful") == {sids[0], sids[2], young}
+    assert own("bob") == own("bob", ["failed", "running"]) == {sids[1]}
+    assert own("bob", "successful") == own("bob", "running") == own("eve") == own(None) == set()
+    assert {job.sid for job in web.ask(lambda s: s.jobs())} == {*sids, young}
+    assert {job.sid for job in web.ask(lambda s: s.jobs("failed"))} == {sids[1]}
+
+
+def test_list_reads_no_record_of_other_users_that_was_put_away(zodb):
+    sids = {user: zodb.schedule(give, 1, user=user) for user in ("ann", "bob")}
+    for sid in sids.values():
+        zodb.wait(sid)
+    zodb.scheduler.store.archive([*sids.values()])
+
+    def loaded(user, *statuses):
+        def look(request):
+            connection = get_connection(request)
+            connection.cacheMinimize()
+            request.scheduler.jobs(*statuses)
+            finished = connection.root()["pyramid_async"].finished
+            records = {sid: tree[sid] for tree in finished for sid in tree}
+            return {sid for sid, record in records.items() if record._p_changed is not None}
+
+        return zodb.do(look, user=user)
+
+    assert loaded("ann") == {sids["ann"]}
+    assert loaded("ann", "failed") == loaded("eve") == loaded(None) == set()
+
+
+def test_list_behind_a_savepoint_leaves_the_connection_able_to_prefetch(zodb):
+    zodb.wait(zodb.schedule(give, 1, user="ann"))
+
+    def look(request):
+        connection = get_connection(request)
+        connection.root()["written"] = True
+        request.tm.savepoint()
+        connection.root()["pyramid_async"].unfinished[0]._p_deactivate()
+        assert len(request.scheduler.jobs()) == 1
+        return vars(connection).get("prefetch")
+
+    assert zodb.do(look, user="ann") is None
+
+
+@in_both_stores
+def test_job_that_ends_while_the_list_is_made_is_told_once(web, at, monkeypatch):
+    sid = web.schedule(at_gate, at)
+    GATES[at].reach()
+
+    def listed(scheduler):
+        table = type(scheduler._table())
+        unfinished = list(scheduler._table().all_unfinished())
+        monkeypatch.setattr(table, "all_unfinished", lambda self: iter(unfinished))
+        GATES[at].opened.set()
+        web.wait(sid)
+        return [job.sid for job in scheduler.jobs()]
+
+    assert web.ask(listed) == [sid]
+
+
+@in_both_stores
 def test_jobs_are_chosen_by_status(web, at):
     done = web.schedule(give, 1)
     failed = web.schedule(fail)

@@ -11,9 +11,9 @@ from pyramid.exceptions import ConfigurationError
 from pyramid_async.settings import SETTINGS, BadSetting, read_settings
 
 # Name -> (text, value), and texts that are refused.
-SECONDS_OR_NONE = ["-1", "x", "", "nan", "inf", "-inf", "1e9", "1,5", None]
+SECONDS_OR_NONE = ["-1", "x", "", "nan", "inf", "-inf", "1e9", "1,5", None, True]
 SECONDS = ["0", "-0.0", *SECONDS_OR_NONE]
-WHOLE = ["-1", "1.5", "x", "", "1e3", "inf", None]
+WHOLE = ["-1", "1.5", "x", "", "1e3", "inf", None, True, 1.0, 2.7]
 ROWS = {
     "store": ([("auto", "auto"), ("zodb", "zodb"), ("ram", "ram")], ["", "ZODB", "sql", None]),
     "executor": ([("threads", "threads"), ("celery", "celery")], ["", "thread", None]),

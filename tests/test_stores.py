@@ -16,6 +16,7 @@ from itertools import count, cycle
 import pytest
 import transaction
 import ZODB
+from bare import Clock
 from crash.storages import HistoryFree, RelStorage
 from persistent import Persistent
 from transaction.interfaces import NoTransaction, TransientError
@@ -33,6 +34,7 @@ from pyramid_async.jobs import (
     ACCEPTED,
     DISMISSED,
     FAILED,
+    FINAL,
     RUNNING,
     STATUSES,
     SUCCESSFUL,
@@ -55,16 +57,6 @@ class Thing(Persistent):
 
     def __init__(self, name):
         self.name = name
-
-
-class Clock:
-    """A clock that stands still."""
-
-    def __init__(self, now=NOW):
-        self.now = now
-
-    def __call__(self):
-        return self.now
 
 
 @pytest.fixture
@@ -822,6 +814,22 @@ def test_finished_record_leaves_the_unfinished_ones_when_it_is_archived(store):
         assert listed(seen.table.unfinished()) == []
         assert listed(seen.table.records()) == [SID]
         assert seen.get().status == SUCCESSFUL
+
+
+def test_archived_records_are_found_by_owner_and_status(store):
+    ends = {"00": ("ann", SUCCESSFUL), "01": ("bob", SUCCESSFUL), "02": ("ann", DISMISSED)}
+    for sid, (owner, status) in ends.items():
+        add(store, sid, owner=owner)
+        with committed(store) as seen:
+            finish(seen.get(sid), status)
+    add(store, "03", owner="ann")
+    add(store, "04")
+    store.archive([*ends])
+    with view(store) as seen:
+        assert sorted(seen.table.owned("ann", FINAL)) == ["00", "02"]
+        assert list(seen.table.owned("ann", [DISMISSED])) == ["02"]
+        assert list(seen.table.owned("bob", FINAL)) == ["01"]
+        assert list(seen.table.owned("bob", [])) == list(seen.table.owned("eve", FINAL)) == []
 
 
 def test_unfinished_unknown_and_archived_records_are_not_archived(store):

@@ -18,7 +18,7 @@ import pytest
 import transaction
 from bare import ROOT, Process, memory, process, store_of, together
 from pyramid.config import Configurator
-from webapp import GATES, gate
+from webapp import GATES, gate, pool_warnings
 from zope.interface.verify import verifyObject
 
 from pyramid_async import IScheduler, current_job
@@ -718,10 +718,6 @@ def test_executor_that_is_gone_keeps_nothing_for_the_exit():
     del scheduler
     gc.collect()
     assert reference() is None
-
-
-def pool_warnings(caplog):
-    return [r.getMessage() for r in caplog.records if "open connections" in r.getMessage()]
 
 
 def record_failures_together(monkeypatch, number):

@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from uuid import uuid4
 
 import pytest
 import waitress.server
@@ -24,10 +25,12 @@ from webapp import (
     echo,
     gate,
     kind,
+    pool_warnings,
     tell_later,
 )
 
 from pyramid_async.scheduler import Scheduler
+from pyramid_async.zodb import ZodbTable
 
 LONG = "10"  # seconds that no test really waits
 
@@ -325,6 +328,22 @@ def test_transaction_of_the_security_policy_is_ended_while_waiting(
         wait_for(lambda: has_ended(transactions[-1]))
         GATES[at_gate].opened.set()
         assert answer.result().json["status"] == "successful"
+
+
+def test_pool_of_connections_has_room_for_two_of_each_request(caplog, monkeypatch):
+    threads = 8
+    uri = f"memory://{uuid4().hex}?connection_pool_size={threads}"
+    with browser({"async.workers": "0"}, zodb=uri) as web:
+        with web.databases[""].transaction() as connection:
+            connection.root()["user"] = "alice"
+        url, together = web.url(echo, user="alice"), threading.Barrier(threads, timeout=20)
+        get = ZodbTable.get
+        monkeypatch.setattr(ZodbTable, "get", lambda *what: (together.wait(), get(*what))[1])
+        with ThreadPoolExecutor(threads) as pool:
+            headers = as_user("from the database")
+            asked = [pool.submit(web.get, url, headers=headers) for _ in range(threads)]
+        assert {one.result().json["status"] for one in asked} == {"accepted"}
+    assert pool_warnings(caplog) == []
 
 
 # -- clients that leave --------------------------------------------------------------------

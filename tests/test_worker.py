@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import defaultdict
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from ZODB.POSException import ConflictError
 
 import pyramid_async.transactional
 import pyramid_async.worker
-from pyramid_async import JobFailed, JobStopped, current_job
+from pyramid_async import FileResult, JobFailed, JobStopped, OperationFailed, current_job
 from pyramid_async.attempt import Attempt
 from pyramid_async.interfaces import NotSchedulable
 from pyramid_async.jobs import ACCEPTED, RUNNING, Live
@@ -174,6 +175,22 @@ def lambda_result():
 
 def generator_result():
     return (n for n in range(3))
+
+
+def lazy():
+    yield "the body of a generator"
+
+
+async def lazy_and_asynchronous():
+    yield "the body of another"
+
+
+def fail_for_the_user():
+    raise OperationFailed("This file is damaged.")
+
+
+def file_of(content):
+    return FileResult(content)
 
 
 # -- conflicts -----------------------------------------------------------------------------
@@ -384,6 +401,28 @@ def test_result_that_cannot_be_kept_fails_its_job_and_leaves_no_effects(durable,
     assert isinstance(error, NotSchedulable)
     assert "cannot be stored" in str(error)
     assert CALLS[key] == [1]
+
+
+@pytest.mark.parametrize("kind", ["ram", "zodb"])
+@pytest.mark.parametrize("f", [lazy, lazy_and_asynchronous])
+def test_function_whose_body_does_not_run_fails_its_job(db, kind, f):
+    with process(kind, db) as one:
+        failure = one.status(one.run(f)).failure
+        assert (failure.class_name, failure.message[:11]) == ("TypeError", "the body of")
+
+
+@pytest.mark.parametrize("kind", ["ram", "zodb"])
+@pytest.mark.parametrize("content", ["text", None, bytearray(b"x"), ["x"]])
+def test_file_that_is_neither_bytes_nor_a_blob_fails_its_job(db, kind, content):
+    with process(kind, db) as one:
+        failure = one.status(one.run(file_of, content)).failure
+        assert (failure.class_name, failure.message[:12]) == ("TypeError", "a FileResult")
+
+
+def test_failure_that_the_user_reads_is_found_in_a_log_of_warnings(durable, caplog):
+    caplog.set_level(logging.WARNING)
+    failure = durable.status(durable.run(fail_for_the_user)).failure
+    assert failure.error_id in caplog.text
 
 
 @UNSTORABLE

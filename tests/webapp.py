@@ -333,6 +333,11 @@ def browser(*args, **options):
         transaction.abort()
 
 
+def pool_warnings(caplog):
+    """Return what the ZODB logged of pools that are too small."""
+    return [r.getMessage() for r in caplog.records if "open connections" in r.getMessage()]
+
+
 # Every store, transaction manager and number of attempts meets each other in some row.
 EXPLICIT = {"tm.manager_hook": "pyramid_tm.explicit_manager"}
 KINDS = {
