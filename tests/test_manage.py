@@ -63,6 +63,20 @@ def ended(web, f, *args, **options):
     return sid
 
 
+@pytest.fixture
+def set_clock(monkeypatch, wait_for):
+    """Set the clock of a store, once workers and recovery rest: they would act on it too."""
+
+    def set_to(web, moment):
+        executor = web.scheduler.executor
+        running = executor.worker.running
+        wait_for(lambda: executor.held <= {s for s, job in list(running.items()) if job.begun})
+        executor.recovery.stop(10)
+        monkeypatch.setattr(web.scheduler.store, "clock", lambda: moment)
+
+    return set_to
+
+
 def archived(web, *calls):
     """Run jobs one after the other and put their records away; return the sids."""
     sids = [ended(web, *call) for call in calls]
@@ -179,17 +193,17 @@ def test_removed_jobs_are_not_listed(web):
 
 
 @pytest.mark.parametrize(("age", "moved"), [(59, []), (60, [60, 40, 20])])
-def test_records_are_put_away_many_at_once(durable, monkeypatch, age, moved):
+def test_records_are_put_away_many_at_once(durable, set_clock, age, moved):
     """Once one has waited for a minute those of its neighbourhood go too: that writes less."""
     store = durable.scheduler.store
     start, expected = store.clock(), []
     for passed in (0, 20, 40, 41):
-        monkeypatch.setattr(store, "clock", lambda now=start + passed: now)
+        set_clock(durable, start + passed)
         sid = put(durable, echo, run_after=1000)
         durable.scheduler.transact(lambda bound, sid=sid: bound.cancel(sid))
         if age - passed in moved:
             expected.append(sid)
-    monkeypatch.setattr(store, "clock", lambda: start + age)
+    set_clock(durable, start + age)
     durable.scheduler.executor.recovery.look()
 
     def put_away(table):
@@ -510,14 +524,13 @@ def test_cancelling_too_late_is_told(web):
 # -- purge ---------------------------------------------------------------------------------
 
 
-def test_purge_removes_what_finished_before_and_nothing_else(web, monkeypatch):
+def test_purge_removes_what_finished_before_and_nothing_else(web, set_clock):
     old = archived(web, (echo,), (fail, "x"))
     middle = web.scheduler.store.clock()
     young = [ended(web, echo), ended(web, fail, "y")]
     with gate() as name:
         waiting = put(web, behind_gate, name)
-        later = middle + 100
-        monkeypatch.setattr(web.scheduler.store, "clock", lambda: later)
+        set_clock(web, middle + 100)
         assert manage.purge(web.scheduler, 100, ["failed"]) == 1
         assert sids(page(web)) == [waiting, *young[::-1], old[0]]
         assert manage.purge(web.scheduler, 100) == 1
@@ -526,11 +539,11 @@ def test_purge_removes_what_finished_before_and_nothing_else(web, monkeypatch):
         assert manage.purge(web.scheduler, 0) == 0
 
 
-def test_purge_keeps_to_the_moment_among_jobs_of_one_second(web, monkeypatch):
+def test_purge_keeps_to_the_moment_among_jobs_of_one_second(web, set_clock):
     [old] = archived(web, (echo,))
     moment = web.scheduler.store.clock()
     [young] = archived(web, (echo,))
-    monkeypatch.setattr(web.scheduler.store, "clock", lambda: moment)
+    set_clock(web, moment)
     assert manage.purge(web.scheduler, 0) == 1
     assert sids(page(web)) == [young] != [old]
 
@@ -658,21 +671,19 @@ def test_check_finds_arguments_that_cannot_be_loaded(durable):
     assert "its arguments cannot be loaded" in findings(durable)[sid]
 
 
-def test_check_finds_maintenance_that_nobody_does(durable, monkeypatch):
+def test_check_finds_maintenance_that_nobody_does(durable, set_clock):
     archived(durable, (echo,), (echo,))
-    later = durable.scheduler.store.clock() + 3600 + OVERDUE + 120
-    monkeypatch.setattr(durable.scheduler.store, "clock", lambda: later)
+    set_clock(durable, durable.scheduler.store.clock() + 3600 + OVERDUE + 120)
     [found] = manage.check(durable.scheduler)
     assert "nobody removed it" in found.text
 
 
-def test_check_finds_jobs_that_nobody_has(durable, monkeypatch):
+def test_check_finds_jobs_that_nobody_has(durable, monkeypatch, set_clock):
     """Not on a storage of one process: whoever opens it next takes them up."""
     held = put(durable, echo, run_after=1000)
     free = put(durable, echo, run_after=1000)
     transact(durable.scheduler.store, lambda table: setattr(table.get(free), "holder", None))
-    later = durable.scheduler.store.clock() + 1000 + 121
-    monkeypatch.setattr(durable.scheduler.store, "clock", lambda: later)
+    set_clock(durable, durable.scheduler.store.clock() + 1000 + 121)
     assert findings(durable) == {}
     monkeypatch.setattr(type(durable.scheduler.store), "exclusive", False)
     assert "nobody took it over" in findings(durable)[held]
