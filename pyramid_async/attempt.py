@@ -6,8 +6,9 @@ import asyncio
 import inspect
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from pickle import PicklingError, UnpicklingError
+from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import Any
 
 import transaction
@@ -76,15 +77,19 @@ LASTING = (
 TRUE_ERRORS = (TransientError, AsyncError, *LASTING)
 
 
-class storage_at_work:
-    """Context manager: turn what a storage raises (a lost backend, no memory) into Unreliable."""
+def storage_at_work(step: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Decorator: turn what a storage raises (a lost backend, no memory) into Unreliable."""
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, TRUE_ERRORS):
+    @wraps(step)
+    def call(attempt: Any) -> None:
+        try:
+            step(attempt)
+        except TRUE_ERRORS:
+            raise
+        except Exception as error:
             raise Unreliable(repr(error)) from error
+
+    return call
 
 
 class NotOurs(Exception):
@@ -120,7 +125,8 @@ class Attempt:
         Raises NotOurs, NotDue, what the function raises, and what the commit raises.
         """
         try:
-            record = self._begin()
+            self._begin()
+            record = self.record
             if record is None or not record.belongs_to(self.job.holder, self.job.signature):
                 raise NotOurs(record)
             if record.run_after is not None and record.run_after > self.store.clock():
@@ -140,19 +146,18 @@ class Attempt:
 
     # -- steps
 
-    def _begin(self) -> JobRecord | None:
-        with storage_at_work():
-            self.surroundings.begin()
-            record = self._read()
-        if record is not None:
-            annotate(self.surroundings.tm.get(), record)
-        return record
+    @storage_at_work
+    def _begin(self) -> None:
+        self.surroundings.begin()
+        self._read()
+        self._txn = self.surroundings.tm.get()
+        if self.record is not None:
+            annotate(self._txn, self.record)
 
-    def _read(self) -> JobRecord | None:
-        """Return the record, or None, as the present transaction sees it."""
+    def _read(self) -> None:
+        """Find the record, or None, as the present transaction sees it."""
         self.table = self.store.table(self.surroundings.tm, self.surroundings.connect)
-        record: JobRecord | None = self.table.get(self.job.sid)
-        return record
+        self.record: JobRecord | None = self.table.get(self.job.sid)
 
     def _call(self, record: JobRecord) -> Any:
         job, table = self.job, self.table
@@ -162,10 +167,8 @@ class Attempt:
         with running(job):
             job.check()  # it may have been told while it waited after a conflict
             value = f(*args, **kw)
-            if inspect.iscoroutine(value):
-                value = asyncio.run(value)
-            if inspect.isgeneratorfunction(f) or inspect.isasyncgenfunction(f):
-                raise TypeError(f"the body of {f!r} did not run: it makes a generator")
+            if isinstance(value, LAZY):
+                value = run_body(f, value)
             job.check()
         return value
 
@@ -187,11 +190,14 @@ class Attempt:
     def _own(self) -> JobRecord:
         """Return the record, signed by this attempt; raise JobDismissed if it lost the job.
 
-        The function may have ended the transaction, so what the record says now counts.
+        The function may have ended the transaction; then what the record says now counts.
         """
-        if manager_itself(self.surroundings.tm)._txn is None:
+        txn = manager_itself(self.surroundings.tm)._txn
+        if txn is None:
             self.surroundings.begin()  # an explicit manager does not by itself
-        job, record = self.job, self._read()
+        if txn is not self._txn:
+            self._read()
+        job, record = self.job, self.record
         if record is None or not record.belongs_to(job.holder, job.signature):
             raise JobDismissed(f"job {job.sid!r} was dismissed or is another worker's")
         if record.status == ACCEPTED:
@@ -217,12 +223,12 @@ class Attempt:
         self._commit()
         self._begin()
 
+    @storage_at_work
     def _commit(self) -> None:
         if self.unread is not None:
             # A function that swallows a ReadConflictError has seen half of the truth.
             raise Unreliable(repr(self.unread)) from self.unread
-        with storage_at_work():
-            self.surroundings.tm.commit()
+        self.surroundings.tm.commit()
 
     # -- loads that fail
 
@@ -253,6 +259,22 @@ class Attempt:
         except Exception as error:
             self.unread = error
             raise
+
+
+# What a call returns whose body has not run yet.
+LAZY = (CoroutineType, GeneratorType, AsyncGeneratorType)
+
+
+def run_body(f: Any, value: Any) -> Any:
+    """Run a coroutine and return its value; raise TypeError for a function with ``yield``.
+
+    A generator that a function made elsewhere is a value like any other.
+    """
+    if isinstance(value, CoroutineType):
+        value = asyncio.run(value)
+    if inspect.isgeneratorfunction(f) or inspect.isasyncgenfunction(f):
+        raise TypeError(f"the body of {f!r} did not run: it makes a generator")
+    return value
 
 
 def annotate(txn: Any, record: JobRecord) -> None:

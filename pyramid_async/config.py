@@ -216,11 +216,13 @@ def enlarge_pools(registry: Any, workers: int) -> None:
 def request_scheduler(request: Any) -> Scheduler:
     """Return the scheduler bound to the request's transaction, connection and user."""
     get_connection = connector(request.registry)
+    ids = RequestIds(request.environ)
     caller = Caller(
         connect=get_connection and (lambda: get_connection(request)),
         owner=request.authenticated_userid,
         origin=origin_of(request),
-        new_sid=RequestIds(request.environ),
+        new_sid=ids,
+        repeated=ids.repeated,
         respond=lambda status: views.accepted(request, status),
     )
     scheduler: Scheduler = request.registry.getUtility(IScheduler)

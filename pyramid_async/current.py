@@ -167,11 +167,12 @@ class Changes:
     """Tells waiting threads that some job of this process changed."""
 
     def __init__(self) -> None:
-        self._condition = threading.Condition()
+        self._lock = threading.Lock()
+        self._condition = threading.Condition(self._lock)
         self.count = 0
 
     def tell(self) -> None:
-        with self._condition:
+        with self._lock:
             self.count += 1
             self._condition.notify_all()
 

@@ -94,7 +94,10 @@ class JobInterrupted(BaseException):
 
 
 class JobDismissed(JobInterrupted):
-    """The job was cancelled, or belongs to another worker by now: nothing it did will count."""
+    """The job was cancelled, or belongs to another worker by now: nothing it did will count.
+
+    A job may raise it, or cancel itself: then it ends ``dismissed``, without effects.
+    """
 
 
 class JobTimeout(JobInterrupted):

@@ -6,7 +6,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from datetime import datetime
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -54,18 +53,18 @@ def moment(when: datetime | float | None, now: float) -> float | None:
     return when.timestamp() if isinstance(when, datetime) else now + when
 
 
-@dataclass(frozen=True)
-class Caller:
+class Caller(NamedTuple):
     """For whom a scheduler speaks: the request, or nobody.
 
     *connect* returns the ZODB connection to use; *new_sid* makes the same ids again when the
-    same request is run again.
+    same request is *repeated*.
     """
 
     connect: Callable[[], Any] | None = None
     owner: str | None = None
     origin: tuple[str, str, str] | None = None
     new_sid: Callable[[], str] = new_id
+    repeated: bool = False
     respond: Callable[[JobStatus], Any] | None = None
     sees_all: bool = False
 
@@ -128,7 +127,7 @@ class Scheduler:
             scheduler = self.bind(self._tm, self._caller)
         else:
             # The request's connection belongs to the request's manager.
-            scheduler = self.bind(tm, replace(self._caller, connect=None))
+            scheduler = self.bind(tm, self._caller._replace(connect=None))
         scheduler._options = {**self._options, **check_options(options)}
         return scheduler
 
@@ -147,7 +146,7 @@ class Scheduler:
         function = self.store.reference(f)
         table = self._table()
         sid = self._caller.new_sid()
-        if table.knows(sid):
+        if self._caller.repeated and table.knows(sid):
             return self._wake_after_commit(sid)  # only the reply to its commit was lost
         key = self._options.get("key")
         if key is not None:
@@ -377,6 +376,7 @@ class RequestIds:
         # of the environ, as subrequests have them, share the list and so go on counting.
         attempt = environ.get("retry.attempt", 0)
         self.counter = environ.setdefault("pyramid_async.ids", [new_id(), attempt, 0])
+        self.repeated = attempt > 0
         if attempt > self.counter[1]:
             self.counter[1:] = attempt, 0
 

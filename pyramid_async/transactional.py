@@ -47,7 +47,7 @@ _MANAGED = object()
 
 
 class _Thread(threading.local):
-    """The transactions that were marked in this thread."""
+    """The transactions of other managers that were marked in this thread."""
 
     def __init__(self) -> None:
         self.marked: WeakSet[Any] = WeakSet()
@@ -64,7 +64,8 @@ def mark(txn: Any) -> Any:
     it only where it is that manager's.
     """
     _set_mark(txn)
-    _thread.marked.add(txn)
+    if transaction.manager.manager._txn is not txn:  # which is looked at without being listed
+        _thread.marked.add(txn)
     return txn
 
 

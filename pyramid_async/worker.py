@@ -14,7 +14,17 @@ from transaction.interfaces import TransientError
 from .attempt import Attempt, NotDue, NotOurs, Surroundings, Unreliable
 from .current import Changes, Job
 from .interfaces import JobDismissed, JobFailed, JobStopped, NotSchedulable, OperationFailed
-from .jobs import ACCEPTED, FAILED, FRESH, RUNNING, SUCCESSFUL, Failure, JobRecord, class_name
+from .jobs import (
+    ACCEPTED,
+    DISMISSED,
+    FAILED,
+    FRESH,
+    RUNNING,
+    SUCCESSFUL,
+    Failure,
+    JobRecord,
+    class_name,
+)
 from .transactional import LONGEST_PAUSE, backoff, transact
 
 log = logging.getLogger(__name__)
@@ -222,6 +232,8 @@ class Worker:
                     self._fail(job, error, self.store.explain(error))
             except JobDismissed as error:
                 log.info("%s", error)
+                if transact(self.store, lambda table: self._dismiss(job, table)):
+                    self.tell(job.sid, DISMISSED)
             except JobStopped as error:
                 log.info("job %r is given back: %s", job.sid, error)
                 transact(self.store, lambda table: self._release(job, table))
@@ -335,6 +347,19 @@ class Worker:
         if record is not None and record.belongs_to(job.holder, job.signature):
             record.reach(job.percent)
             record.release(self.store.clock())
+
+    # -- dismiss
+
+    def _dismiss(self, job: Job, table: Any) -> bool:
+        """Dismiss a job that did so itself, for that went with its effects; return False else."""
+        record = table.get(job.sid)
+        if record is None or not record.belongs_to(job.holder, job.signature):
+            return False
+        record.reach(job.percent)
+        record.finish(DISMISSED, self.store.clock(), self.result_timeout)
+        return True
+
+    # -- tell
 
     def _tell(self, job: Job, status: str | None) -> None:
         if status in (SUCCESSFUL, FAILED):

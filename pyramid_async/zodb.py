@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from heapq import merge
+from importlib import import_module
 from inspect import ismethod
 from itertools import groupby, islice
-from pkgutil import resolve_name
+from operator import attrgetter
 from typing import Any
 from zlib import crc32
 
@@ -188,7 +190,7 @@ class ZodbStore:
         return dotted_name(f)
 
     def resolve(self, function: str) -> Any:
-        return resolve_name(function)
+        return find(function)
 
     def pack(self, value: Any, table: ZodbTable) -> Any:
         """See IJobStore: the pickle, and the persistent objects that it refers to.
@@ -237,16 +239,17 @@ def dotted_name(f: Any) -> str:
         raise NotSchedulable(
             what, "a lambda or a function inside a function has no name that a worker could find"
         )
-    if _find(f"{module}:{name}") != f:
-        raise NotSchedulable(what, f"{module}:{name} is another object")
-    return f"{module}:{name}"
+    reference = f"{module}:{name}"
+    with suppress(ImportError, AttributeError, ValueError):
+        if find(reference) == f:
+            return reference
+    raise NotSchedulable(what, f"{reference} is another object")
 
 
-def _find(name: str) -> Any:
-    try:
-        return resolve_name(name)
-    except (ImportError, AttributeError, ValueError):
-        return None
+def find(reference: str) -> Any:
+    """Return what ``module:qualified.name`` refers to; raise ImportError or AttributeError."""
+    module, _, name = reference.partition(":")
+    return attrgetter(name)(import_module(module))
 
 
 @implementer(IJobTable)

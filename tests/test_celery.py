@@ -21,7 +21,6 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from contextlib import closing, contextmanager, suppress
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -268,7 +267,7 @@ def test_a_record_that_shows_up_late_is_waited_for(again, broker):
 
 def schedule_as(web, sid):
     def schedule(scheduler):
-        caller = replace(scheduler._caller, new_sid=lambda: sid)
+        caller = scheduler._caller._replace(new_sid=lambda: sid)
         scheduler.bind(scheduler._tm, caller).schedule(echo)
 
     web.scheduler.transact(schedule)

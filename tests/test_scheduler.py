@@ -18,7 +18,7 @@ import pyramid_tm
 import pytest
 import transaction
 from bare import Events
-from persistent import Persistent
+from persistent import GHOST, Persistent
 from pyramid.config import Configurator
 from pyramid.exceptions import ConfigurationError
 from pyramid.request import Request
@@ -735,6 +735,19 @@ def test_commit_whose_reply_is_lost_makes_one_job_even_if_that_expired_meanwhile
     web.run(give, 1)
     web.run(give, 1)
     assert CALLS[key] == [None]
+
+
+@everywhere("ZODB, default, retry", "ZODB, explicit, retry")
+def test_request_that_is_not_repeated_reads_nothing_of_finished_jobs(web):
+    """Other processes write there, so it would have to be fetched again and again."""
+
+    def schedule(request):
+        table = request.scheduler._table()
+        table.connection.cacheMinimize()
+        request.scheduler.schedule(give, 1)
+        return [tree for tree in table.root.finished if tree._p_state != GHOST]
+
+    assert web.do(schedule) == []
 
 
 @in_both_stores

@@ -20,7 +20,14 @@ from ZODB.POSException import ConflictError
 
 import pyramid_async.transactional
 import pyramid_async.worker
-from pyramid_async import FileResult, JobFailed, JobStopped, OperationFailed, current_job
+from pyramid_async import (
+    FileResult,
+    JobDismissed,
+    JobFailed,
+    JobStopped,
+    OperationFailed,
+    current_job,
+)
 from pyramid_async.attempt import Attempt
 from pyramid_async.interfaces import NotSchedulable
 from pyramid_async.jobs import ACCEPTED, RUNNING, Live
@@ -29,6 +36,7 @@ from pyramid_async.transactional import LONGEST_PAUSE
 from pyramid_async.zodb import ZodbStore
 
 CALLS = defaultdict(list)  # key of a test -> what its jobs noted
+OWN = {}  # key of a test -> the process whose scheduler its jobs use
 
 
 @pytest.fixture
@@ -36,6 +44,7 @@ def key():
     name = uuid4().hex
     yield name
     CALLS.pop(name, None)
+    OWN.pop(name, None)
 
 
 @pytest.fixture
@@ -109,6 +118,14 @@ def count_behind_gate(root, key, name):
 def count_and_commit_behind_gate(root, key, name, phase, sort_key):
     count(root, key)
     transaction.get().join(Barrier(name, phase, sort_key))
+
+
+def dismiss_oneself(root, key, ended):
+    """Have effects and dismiss the own job, in a transaction of one's own perhaps."""
+    if ended is not None:
+        getattr(transaction, ended)()
+    mark(root, key)
+    OWN[key].scheduler.cancel(current_job().sid)
 
 
 def conflict(key, times):
@@ -581,6 +598,23 @@ def test_job_dismissed_while_it_runs_leaves_no_effects_and_is_not_repeated(one, 
     assert one.status(sid).status == "dismissed"
     assert one.root(lambda root: "n" in root) is False
     assert (CALLS[key], one.told, one.worker.running) == ([1], [], {})
+
+
+@pytest.mark.parametrize("ended", [None, "commit", "abort"])
+def test_job_that_dismisses_itself_is_dismissed_and_leaves_no_effects(one, key, ended):
+    OWN[key] = one
+    sid = one.schedule(dismiss_oneself, ROOT, key, ended)
+    one.worker.run(sid)
+    assert one.status(sid).status == "dismissed"
+    assert one.root(lambda root: "marked" in root) is False
+    assert CALLS[key] == [1]
+
+
+def test_job_that_raises_jobdismissed_is_dismissed(one, key):
+    sid = one.schedule(mark_and_raise, ROOT, key, JobDismissed)
+    one.worker.run(sid)
+    assert one.status(sid).status == "dismissed"
+    assert one.root(lambda root: "marked" in root) is False
 
 
 def test_job_dismissed_while_it_begins_to_commit_leaves_no_effects(one, key, at):
