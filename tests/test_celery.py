@@ -1277,6 +1277,51 @@ def test_an_upgrade_fails_the_jobs_that_it_forgot_and_no_others(deploy):
     web.ended_well(web.sell())
 
 
+@services
+@slow
+def test_an_upgrade_that_leaves_an_alias_and_a_default_ends_every_job(deploy):
+    site = deploy()
+    web = site.web()
+    (site.directory / "go").touch()
+    moved = web.sell(directory=site.directory)
+    changed = web.sell()
+    text = (site.directory / "shop.py").read_text()
+    begin, end = text.index("def sell_slowly("), text.index("def start(")
+    (site.directory / "slow.py").write_text(
+        "import os, time\nfrom pathlib import Path\nfrom pyramid_async import current_job\n"
+        f"from shop import sell\n\n{text[begin:end]}"
+    )
+    site.edit(
+        "shop.py", {text[begin:end]: "", "sell(receipts, goods)": "sell(receipts, goods, price=1)"}
+    )
+    site.edit(
+        "shop.py", {"def start(": "from slow import sell_slowly as sell_slowly\n\n\ndef start("}
+    )
+    site.worker()
+    web.ended_well(moved, changed)
+
+
+@services
+@slow
+def test_old_workers_fail_what_they_do_not_know_and_another_queue_keeps_it_from_them(deploy):
+    site = deploy()
+    web = site.web()
+    new = "def sell_slowly("
+    site.edit("shop.py", {new: "def sell_some_other_time("})
+    site.worker("-P", "solo")  # has loaded the old code before it is ready
+    site.edit("shop.py", {"def sell_some_other_time(": new})
+    (site.directory / "go").touch()
+    status = web.ended(web.sell(directory=site.directory))
+    assert (status.status, status.failure.class_name) == ("failed", "AttributeError")
+    other = f"{site.queue}-2"
+    site.closing.append(lambda: remove_queue(other, RABBITMQ))
+    site.worker("-P", "solo", "-Q", other)
+    web.ended_well(
+        *(web.sell(directory=site.directory, queue=other) for _ in range(5)),
+        *(web.sell() for _ in range(5)),  # which both know
+    )
+
+
 # -- services: what is set up wrongly ------------------------------------------------------
 
 WRONG = {
