@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import time
 from collections.abc import Callable
 from functools import partial, wraps
@@ -17,10 +18,12 @@ from ZODB.blob import Blob
 from ZODB.POSException import InvalidObjectReference
 
 from .current import Job, running
-from .interfaces import AsyncError, JobDismissed
-from .jobs import ACCEPTED, SUCCESSFUL, FileResult, JobRecord
+from .interfaces import AsyncError, JobDismissed, JobTaken
+from .jobs import ACCEPTED, DISMISSED, SUCCESSFUL, FileResult, JobRecord
 from .process import manager_itself
 from .transactional import mark
+
+log = logging.getLogger(__name__)
 
 
 class Surroundings:
@@ -46,13 +49,24 @@ class Surroundings:
 
 
 def end(tm: Any) -> None:
-    """Abort what is left of a transaction, if any is."""
+    """Abort what is left of a transaction, if any is; log what fails."""
     # Asked of the manager, for one that is not explicit would begin a transaction to abort it.
     if manager_itself(tm)._txn is not None:
-        tm.abort()
+        try:
+            tm.abort()
+        except Exception:
+            # A data manager lost its server, say.  The outcome is known, and workers go on.
+            log.exception("what a job left in its transaction could not be aborted")
 
 
-class Unreliable(AsyncError, TransientError):
+class Passing(AsyncError, TransientError):
+    """A data manager says that the next attempt may succeed (why), as of a deadlock in SQL."""
+
+    def __str__(self) -> str:
+        return f"this may pass: {self.args[0]}"
+
+
+class Unreliable(Passing):
     """The storage failed, so the outcome of the attempt cannot be trusted (why)."""
 
     def __str__(self) -> str:
@@ -136,9 +150,13 @@ class Attempt:
             value = self._call(record)
             self._succeed(value)
             self._commit()
+        except TransientError:
+            raise
         except Exception as error:
-            if self.unread is not None and not isinstance(error, TransientError):
+            if self.unread is not None:
                 raise Unreliable(repr(self.unread)) from error
+            if self._may_pass(error):
+                raise Passing(repr(error)) from error
             raise
         finally:
             self._unwatch()
@@ -150,9 +168,8 @@ class Attempt:
     def _begin(self) -> None:
         self.surroundings.begin()
         self._read()
-        self._txn = self.surroundings.tm.get()
         if self.record is not None:
-            annotate(self._txn, self.record)
+            annotate(self.surroundings.tm.get(), self.record)
 
     def _read(self) -> None:
         """Find the record, or None, as the present transaction sees it."""
@@ -190,16 +207,17 @@ class Attempt:
     def _own(self) -> JobRecord:
         """Return the record, signed by this attempt; raise JobDismissed if it lost the job.
 
-        The function may have ended the transaction; then what the record says now counts.
+        The function may have ended the transaction, or taken back a savepoint, so it is read
+        anew.
         """
-        txn = manager_itself(self.surroundings.tm)._txn
-        if txn is None:
+        if manager_itself(self.surroundings.tm)._txn is None:
             self.surroundings.begin()  # an explicit manager does not by itself
-        if txn is not self._txn:
-            self._read()
+        self._read()
         job, record = self.job, self.record
         if record is None or not record.belongs_to(job.holder, job.signature):
-            raise JobDismissed(f"job {job.sid!r} was dismissed or is another worker's")
+            dismissed = record is not None and record.status == DISMISSED
+            kind = JobDismissed if dismissed else JobTaken
+            raise kind(f"job {job.sid!r} was dismissed or is another worker's")
         if record.status == ACCEPTED:
             # Nobody claimed it, and nobody needed to until something is written.
             record.claim(self.store.process, job.signature, job.started)
@@ -229,6 +247,10 @@ class Attempt:
             # A function that swallows a ReadConflictError has seen half of the truth.
             raise Unreliable(repr(self.unread)) from self.unread
         self.surroundings.tm.commit()
+
+    def _may_pass(self, error: Exception) -> bool:
+        txn = manager_itself(self.surroundings.tm)._txn
+        return txn is not None and bool(txn.isRetryableError(error))
 
     # -- loads that fail
 

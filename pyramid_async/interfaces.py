@@ -100,6 +100,10 @@ class JobDismissed(JobInterrupted):
     """
 
 
+class JobTaken(JobDismissed):
+    """Others decide what becomes of the job, and may have given it to another worker."""
+
+
 class JobTimeout(JobInterrupted):
     """The job ran longer than its ``timeout`` allows; it ends ``failed``."""
 

@@ -97,8 +97,8 @@ class Connections:
         # to open a connection may take as long as a server is away.
         tm = manager_itself(tm)
         ours = vars(tm).get(self._name)
-        if ours is not None and ours.opened is None:
-            ours = None  # closed with its database
+        if ours is not None and (ours.opened is None or ours.db() is not self.db):
+            ours = None  # closed with its database, or of another store that was where we are
         theirs = [c for c in connections_of(tm, self.db) if c is not ours]
         if theirs:
             return theirs[0]

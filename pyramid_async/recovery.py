@@ -14,7 +14,7 @@ from typing import Any
 
 from persistent import Persistent
 
-from .interfaces import JobDismissed
+from .interfaces import JobTaken
 from .jobs import ACCEPTED, FRESH, JobRecord, Live
 from .transactional import transact
 
@@ -208,7 +208,7 @@ class Recovery:
         for sid, job in jobs.items():
             record = table.get(sid)
             if record is None or record.done or record.signature not in (None, job.signature):
-                job.interrupt(JobDismissed(f"job {sid!r} was dismissed or is another worker's"))
+                job.interrupt(JobTaken(f"job {sid!r} was dismissed or is another worker's"))
 
     def beat(self) -> None:
         """Write this process's sign of life while it holds jobs; one small commit.

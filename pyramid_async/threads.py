@@ -104,8 +104,7 @@ class ThreadExecutor:
                 )
                 for number in range(1, self.workers + 1)
             ]
-            for thread in self.threads:
-                thread.start()
+            self._start_threads()
             if self.recovery is not None and self.workers:
                 self.recovery.start()
             self._pid = os.getpid()
@@ -113,6 +112,16 @@ class ThreadExecutor:
             # Before what others registered until now, and may rely on.
             atexit.unregister(stop_all)
             atexit.register(stop_all)
+
+    def _start_threads(self) -> None:
+        for number, thread in enumerate(self.threads):
+            try:
+                thread.start()
+            except RuntimeError:
+                # The system has no more; those before it must not stay at each attempt.
+                for _ in range(number):
+                    self.queue.put(None)
+                raise
 
     def _work(self) -> None:
         while (item := self.queue.get()) is not None:

@@ -6,14 +6,22 @@ import logging
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from secrets import token_hex
 from typing import Any
 
 from transaction.interfaces import TransientError
 
-from .attempt import Attempt, NotDue, NotOurs, Surroundings, Unreliable
+from .attempt import LASTING, Attempt, NotDue, NotOurs, Passing, Surroundings, Unreliable
 from .current import Changes, Job
-from .interfaces import JobDismissed, JobFailed, JobStopped, NotSchedulable, OperationFailed
+from .interfaces import (
+    JobDismissed,
+    JobFailed,
+    JobStopped,
+    JobTaken,
+    NotSchedulable,
+    OperationFailed,
+)
 from .jobs import (
     ACCEPTED,
     DISMISSED,
@@ -34,6 +42,10 @@ GIVE_BACK = 1.0
 
 # Longest delay before a job is tried again by `retry_on`, seconds.
 LONGEST_DELAY = 300.0
+
+# Characters that are kept of an exception: an error may quote a whole document.
+TEXT_LIMIT = 8_000
+TRACEBACK_LIMIT = 32_000
 
 
 class Worker:
@@ -198,6 +210,7 @@ class Worker:
         now = self.store.clock()
         if record.status == ACCEPTED:
             record.move(RUNNING, now)
+        record.contested = True  # who last ran it may only be frozen
         record.failure = failure = Failure("JobLost", reason, "", token_hex(6))
         record.finish(FAILED, now, self.result_timeout)
         return failure
@@ -209,7 +222,7 @@ class Worker:
     # -- run
 
     def _run(self, job: Job) -> None:
-        conflicts = Conflicts()
+        conflicts = Conflicts(self.conflict_attempts)
         while True:
             begun = time.monotonic()
             try:
@@ -219,21 +232,21 @@ class Worker:
             except NotDue as error:
                 self.later(error.args[0], job.sid)
             except TransientError as error:
-                limit = 3 if isinstance(error, Unreliable) else self.conflict_attempts
-                pause = conflicts.pause(job.checkpoints, time.monotonic() - begun, limit)
+                pause = conflicts.pause(job.checkpoints, time.monotonic() - begun, error)
                 if pause is not None:
                     why = self.store.explain(error)
                     log.info("job %r: again in %.2f s after %s", job.sid, pause, why)
                     time.sleep(pause)
                     continue
-                if isinstance(error, Unreliable):
+                if isinstance(error, Passing):
                     self._fail(job, error.__cause__ or error)
                 else:
                     self._fail(job, error, self.store.explain(error))
+            except JobTaken as error:
+                log.info("%s", error)
             except JobDismissed as error:
                 log.info("%s", error)
-                if transact(self.store, lambda table: self._dismiss(job, table)):
-                    self.tell(job.sid, DISMISSED)
+                transact(self.store, lambda table: self._dismiss(job, table))
             except JobStopped as error:
                 log.info("job %r is given back: %s", job.sid, error)
                 transact(self.store, lambda table: self._release(job, table))
@@ -264,9 +277,13 @@ class Worker:
         failure = failure_of(error, message)
         # Logged before the commit, for whoever sees the errorID may look for it at once.
         self._log_failure(job, error, failure)
-        status, again = transact(
-            self.store, lambda table: self._record_failure(job, error, failure, table)
-        )
+        record = partial(self._record_failure, job, error, failure)
+        try:
+            status, again = transact(self.store, partial(record, error))
+        except LASTING:
+            log.exception("the exception of job %r cannot be stored", job.sid)
+            stand_in = JobFailed(failure.class_name, failure.message)
+            status, again = transact(self.store, partial(record, stand_in))
         if status != FAILED:
             log.info("job %r is %s", job.sid, status)
         if again is not None:
@@ -287,9 +304,12 @@ class Worker:
         )
 
     def _record_failure(
-        self, job: Job, error: BaseException, failure: Failure, table: Any
+        self, job: Job, error: BaseException, failure: Failure, kept: BaseException, table: Any
     ) -> tuple[str, float | None]:
-        """Return the status that the job has now, and when it is to be tried again."""
+        """Return the status that the job has now, and when it is to be tried again.
+
+        *kept*: what is stored as the exception.
+        """
         record = table.get(job.sid)
         if record is None:
             return "removed", None
@@ -306,7 +326,7 @@ class Worker:
             again = now + next(backoff(1, 2.0**record.attempts, most=LONGEST_DELAY))
             record.retry(now, again, self.holder)
             return ACCEPTED, again
-        record.exception = self._storable(error, table)
+        record.exception = self._storable(kept, table)
         record.finish(FAILED, now, self.result_timeout)
         return FAILED, None
 
@@ -350,14 +370,13 @@ class Worker:
 
     # -- dismiss
 
-    def _dismiss(self, job: Job, table: Any) -> bool:
-        """Dismiss a job that did so itself, for that went with its effects; return False else."""
+    def _dismiss(self, job: Job, table: Any) -> None:
+        """Dismiss a job that did so itself, for that went with its effects."""
         record = table.get(job.sid)
-        if record is None or not record.belongs_to(job.holder, job.signature):
-            return False
-        record.reach(job.percent)
-        record.finish(DISMISSED, self.store.clock(), self.result_timeout)
-        return True
+        if record is not None and record.belongs_to(job.holder, job.signature):
+            record.reach(job.percent)
+            record.finish(DISMISSED, self.store.clock(), self.result_timeout)
+            self.tell(job.sid, DISMISSED)
 
     # -- tell
 
@@ -375,29 +394,34 @@ class Worker:
 
 
 class Conflicts:
-    """How often a job may still be tried; anew after each checkpoint."""
+    """How often a job may still be tried; anew after each checkpoint.
 
-    def __init__(self) -> None:
-        self.tried = 0
+    *limit*: attempts that end in conflicts.  Of those that a storage spoils there are 3.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.tried = self.spoilt = 0
         self.checkpoints = 0
 
-    def pause(self, checkpoints: int, elapsed: float, limit: int) -> float | None:
-        """Return the seconds to wait before the next of *limit* attempts, or None after the last.
+    def pause(self, checkpoints: int, elapsed: float, error: TransientError) -> float | None:
+        """Return the seconds to wait before the next attempt, or None after the last.
 
         Full jitter.  The longer an attempt takes, the more likely the next one meets the same
         rival again; so its duration is the unit of the pauses.
         """
         if checkpoints != self.checkpoints:
-            self.checkpoints, self.tried = checkpoints, 0
+            self.checkpoints, self.tried, self.spoilt = checkpoints, 0, 0
+        self.spoilt += isinstance(error, Unreliable)
         self.tried += 1
-        if self.tried >= limit:
+        if self.spoilt >= 3 or self.tried - self.spoilt >= self.limit:
             return None
         return next(backoff(1, max(0.01, elapsed) * 2**self.tried, most=LONGEST_PAUSE))
 
 
 def text_of(error: BaseException) -> str:
     try:
-        return str(error)
+        return str(error)[:TEXT_LIMIT]
     except Exception as second:
         return f"(its text raises {type(second).__name__})"
 
@@ -407,7 +431,7 @@ def failure_of(error: BaseException, message: str | None = None) -> Failure:
     return Failure(
         type(error).__name__,
         message or text_of(error),
-        "".join(traceback.format_exception(error)),
+        "".join(traceback.format_exception(error))[-TRACEBACK_LIMIT:],
         token_hex(6),
         text_of(error) if isinstance(error, OperationFailed) else None,
     )

@@ -20,7 +20,7 @@ from persistent.mapping import PersistentMapping
 from webapp import GATES, gate
 
 from pyramid_async import current_job
-from pyramid_async.interfaces import JobDismissed
+from pyramid_async.interfaces import JobTaken
 from pyramid_async.jobs import Live
 from pyramid_async.recovery import ARCHIVE_AFTER
 from pyramid_async.scheduler import Scheduler, executor_for
@@ -659,7 +659,7 @@ def test_dismissal_by_another_process_reaches_the_running_job(machines, key, at)
     one.recovery.tell()
     while not CALLS[key]:
         one.executor.threads[0].join(0.005)
-    assert type(CALLS[key][0]) is JobDismissed
+    assert type(CALLS[key][0]) is JobTaken
 
 
 def test_removal_by_another_process_reaches_the_running_job(machines, key, at):
@@ -670,7 +670,7 @@ def test_removal_by_another_process_reaches_the_running_job(machines, key, at):
     one.recovery.tell()
     while not CALLS[key]:
         one.executor.threads[0].join(0.005)
-    assert type(CALLS[key][0]) is JobDismissed
+    assert type(CALLS[key][0]) is JobTaken
 
 
 # -- archive and expiry --------------------------------------------------------------------

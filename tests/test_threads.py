@@ -725,9 +725,9 @@ def record_failures_together(monkeypatch, number):
     barrier = threading.Barrier(number)
     record_failure = Worker._record_failure
 
-    def wait_and_record(self, job, error, failure, table):
+    def wait_and_record(*arguments):
         barrier.wait(20)
-        return record_failure(self, job, error, failure, table)
+        return record_failure(*arguments)
 
     monkeypatch.setattr(Worker, "_record_failure", wait_and_record)
 

@@ -570,8 +570,9 @@ def test_lost_reply_to_the_commit_of_a_failure_leaves_one_failure(durable, key, 
     record_failure = durable.worker._record_failure
     calls = []
 
-    def record_and_lose(job, error, failure, table):
-        outcome = record_failure(job, error, failure, table)
+    def record_and_lose(*arguments):
+        *_, table = arguments
+        outcome = record_failure(*arguments)
         calls.append(outcome)
         if len(calls) == 1:
             table.tm.get().join(LosesReply(ReplyLost()))
