@@ -33,6 +33,7 @@ from pyramid_async.interfaces import NotSchedulable
 from pyramid_async.jobs import ACCEPTED, RUNNING, Live
 from pyramid_async.recovery import Sign
 from pyramid_async.transactional import LONGEST_PAUSE
+from pyramid_async.worker import TEXT_LIMIT, TRACEBACK_LIMIT
 from pyramid_async.zodb import ZodbStore
 
 CALLS = defaultdict(list)  # key of a test -> what its jobs noted
@@ -128,6 +129,64 @@ def dismiss_oneself(root, key, ended):
     OWN[key].scheduler.cancel(current_job().sid)
 
 
+def fail_with_item(root, key):
+    mark(root, key)
+    raise ValueError("bad", Item(root))
+
+
+def fail_with_unpicklable(root, key):
+    mark(root, key)
+    raise ValueError("bad", Unpicklable())
+
+
+def fail_without_arguments(root, key):
+    mark(root, key)
+    raise ArgumentsThatAreNone
+
+
+def fail_with_a_long_text(root, key):
+    mark(root, key)
+    raise ValueError("x" * 1_000_000)
+
+
+def meet_a_deadlock(key, times):
+    CALLS[key].append(current_job().attempt)
+    transaction.get().join(SqlManager())
+    if len(CALLS[key]) <= times:
+        raise Deadlock("could not serialize access")
+
+
+def meet_conflicts_and_then_a_storage_error(key, times, errors):
+    CALLS[key].append(current_job().attempt)
+    if len(CALLS[key]) <= times:
+        raise ConflictError("injected")
+    if len(CALLS[key]) <= times + errors:
+        transaction.get().join(SqlManager("tpc_vote"))
+
+
+def check_behind_gate(key, name):
+    GATES[name].pass_through()
+    current_job().check()
+
+
+def take_back_a_checkpoint(root, key):
+    """Try to keep a cursor that cannot be stored, and go on without it."""
+    savepoint, cursor = transaction.savepoint(), []
+    cursor.append(cursor)  # which RAM does not keep
+    try:
+        current_job().checkpoint(cursor)
+    except NotSchedulable:
+        savepoint.rollback()
+    return count(root, key)
+
+
+def take_back_a_dismissal(root, key):
+    savepoint = transaction.savepoint()
+    OWN[key].scheduler.cancel(current_job().sid)
+    savepoint.rollback()
+    return count(root, key)
+
+
 def conflict(key, times):
     """Raise as many conflicts, then return the number of calls."""
     CALLS[key].append(current_job().attempt)
@@ -153,6 +212,47 @@ def progress(name, steps):
     for step in range(steps):
         current_job().progress(step, steps, f"step {step}")
     GATES[name].pass_through()
+
+
+class Item(Persistent):
+    """A new object that refers to its container, as those of traversal do."""
+
+    def __init__(self, parent):
+        self.__parent__ = parent
+
+
+class Unpicklable(Persistent):
+    def __init__(self):
+        self.held = (n for n in range(3))
+
+
+class ArgumentsThatAreNone(Exception):
+    args = None
+
+
+class SqlManager(Barrier):
+    """A data manager of another database; *fails* names its method that does."""
+
+    def __init__(self, fails=None):
+        super().__init__(None, None, "~sql")
+        self.fails = fails
+
+    def should_retry(self, error):
+        return isinstance(error, Deadlock)
+
+    def abort(self, txn):
+        self.fail("abort")
+
+    def tpc_vote(self, txn):
+        self.fail("tpc_vote")
+
+    def fail(self, name):
+        if name == self.fails:
+            raise OSError("the server has closed the connection")
+
+
+class Deadlock(Exception):
+    pass
 
 
 class TwoRequired(Exception):
@@ -396,6 +496,54 @@ def test_outcome_and_effects_appear_at_the_same_time(one, key, at):
 # -- failures ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "f", [fail_with_item, fail_with_unpicklable, fail_without_arguments], ids=lambda f: f.__name__
+)
+def test_failure_whose_exception_cannot_be_stored_is_recorded_all_the_same(one, key, f):
+    sid = one.run(f, ROOT, key)
+    status = one.status(sid)
+    assert (status.status, CALLS[key]) == ("failed", [1])
+    assert one.root(lambda root: "marked" in root) is False
+    _, error = one.result(sid)
+    assert isinstance(error, JobFailed | ValueError | ArgumentsThatAreNone)
+
+
+def test_exception_that_quotes_a_document_is_cut(durable, key):
+    sid = durable.run(fail_with_a_long_text, ROOT, key)
+    failure = durable.status(sid).failure
+    assert len(failure.message) == TEXT_LIMIT
+    assert len(failure.traceback) == TRACEBACK_LIMIT
+
+
+def test_job_lost_by_its_worker_may_be_haunted(durable, key):
+    """Its last attempt may only be frozen, so a pack must not take the record at once."""
+    sid = durable.schedule(count, ROOT, key, max_attempts=1)
+    durable.worker.run(sid, durable.die(sid))
+    assert durable.status(sid).failure.class_name == "JobLost"
+    with durable.transaction() as (table, _):
+        assert table.get(sid).haunted
+
+
+def test_error_that_a_data_manager_would_retry_is_retried(one, key):
+    sid = one.run(meet_a_deadlock, key, 2)
+    assert (one.status(sid).status, len(CALLS[key])) == ("successful", 3)
+
+
+def test_error_that_a_data_manager_would_retry_for_ever_fails_the_job_as_itself(db, key):
+    with process("ram", db, conflict_attempts=3) as one:
+        sid = one.run(meet_a_deadlock, key, 100)
+        assert (one.status(sid).failure.class_name, len(CALLS[key])) == ("Deadlock", 3)
+
+
+@pytest.mark.parametrize(
+    ("conflicts", "errors", "status", "calls"),
+    [(5, 2, "successful", 8), (0, 3, "failed", 3), (5, 3, "failed", 8)],
+)
+def test_conflicts_use_up_no_attempts_of_a_bad_storage(one, key, conflicts, errors, status, calls):
+    sid = one.run(meet_conflicts_and_then_a_storage_error, key, conflicts, errors)
+    assert (one.status(sid).status, len(CALLS[key])) == (status, calls)
+
+
 def test_failed_job_leaves_no_effects(one, key):
     sid = one.run(mark_and_raise, ROOT, key, ZeroDivisionError)
     assert one.status(sid).status == "failed"
@@ -609,6 +757,28 @@ def test_job_that_dismisses_itself_is_dismissed_and_leaves_no_effects(one, key, 
     assert one.status(sid).status == "dismissed"
     assert one.root(lambda root: "marked" in root) is False
     assert CALLS[key] == [1]
+
+
+@pytest.mark.parametrize("f", [take_back_a_checkpoint, take_back_a_dismissal])
+def test_job_that_takes_back_a_savepoint_has_its_effect_and_its_end_together(one, key, f):
+    OWN[key] = one
+    sid = one.run(f, ROOT, key)
+    one.worker.run(sid)
+    assert (one.status(sid).status, one.root(lambda root: root["n"])) == ("successful", 1)
+
+
+def test_attempt_that_lost_its_job_does_not_dismiss_it(bells, key, at):
+    """It was frozen; another one had the job meanwhile, and gave it back."""
+    sid = bells.schedule(check_behind_gate, key, at)
+    thread = threading.Thread(target=bells.worker.run, args=[sid])
+    thread.start()
+    GATES[at].reach()
+    bells.record(sid, signature="another worker's", status="running", holder="another")
+    bells.recovery.tell()
+    bells.record(sid, signature=None, status="accepted", holder=None)
+    GATES[at].opened.set()
+    thread.join(10)
+    assert bells.status(sid).status == "accepted"
 
 
 def test_job_that_raises_jobdismissed_is_dismissed(one, key):
