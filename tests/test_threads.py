@@ -18,10 +18,11 @@ import pytest
 import transaction
 from bare import ROOT, Process, memory, process, store_of, together
 from pyramid.config import Configurator
-from webapp import GATES, gate, pool_warnings
+from webapp import GATES, Barrier, gate, pool_warnings
 from zope.interface.verify import verifyObject
 
 from pyramid_async import IScheduler, current_job
+from pyramid_async.attempt import Surroundings
 from pyramid_async.interfaces import IExecutor
 from pyramid_async.scheduler import Caller, PersistentTransactionalScheduler, TransactionalScheduler
 from pyramid_async.threads import ThreadExecutor, exit_on_sigterm
@@ -281,6 +282,52 @@ def test_wake_up_that_comes_while_nothing_is_found_is_not_lost(db, key, kind):
         go.set()
         one.wait("ab" * 16)
     assert CALLS[key] == [None]
+
+
+class CannotBeAborted(Barrier):
+    def abort(self, txn):
+        raise OSError("the server has closed the connection")
+
+
+def leave_behind(key):
+    """Leave a data manager in the thread's own transaction, whichever the job has."""
+    transaction.manager.get().join(CannotBeAborted(None, None, "~sql"))
+    return note(key)
+
+
+def test_abort_that_fails_ends_no_thread(db, key):
+    with process("ram", db, workers=1, surroundings=InManagerOfItsOwn) as one:
+        for _ in range(3):
+            one.wait(one.schedule(leave_behind, key))
+        [thread] = one.executor.threads
+        assert thread.is_alive()
+    assert CALLS[key] == [None] * 3
+
+
+class InManagerOfItsOwn(Surroundings):
+    def __init__(self):
+        super().__init__(transaction.TransactionManager(explicit=True))
+
+
+def test_threads_that_cannot_all_be_started_are_none(db, key, monkeypatch):
+    """The system has no more threads; those that were started must not add up."""
+    begin, started = threading.Thread.start, []
+
+    def start(thread):
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        begin(thread)
+
+    with process("zodb", db, workers=3) as one:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            sid = one.schedule(note, key)
+        for thread in started:
+            thread.join(10)
+            assert not thread.is_alive()
+        one.recovery.look()
+        one.wait(sid)
 
 
 # -- stop ----------------------------------------------------------------------------------
