@@ -229,6 +229,9 @@ class Attempt:
         record = self._own()
         if value is not None:
             record.result = self.store.pack(value, self.table)
+            size = self.store.size(record.result)
+            if size is not None:
+                record.result_size = size
         if isinstance(value, FileResult):
             record.media_type = str(value.media_type or "")
         if record.failure is not None:

@@ -7,8 +7,9 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -36,6 +37,9 @@ class CannotRun(Exception):
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return the exit status."""
     args = parse(argv)
+    with suppress(AttributeError):  # whoever replaced it may have another kind
+        # A title may have letters that the terminal has not.
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         with application(args.ini) as scheduler:
             status = int(args.command(scheduler, args))
@@ -45,9 +49,20 @@ def main(argv: list[str] | None = None) -> int:
         print(f"pasync: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # The reader has seen enough.  What is still buffered must go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader has seen enough.
+        discard_output()
         return 0
+    except Exception:
+        # Python's own status would be 1, which says that something was found.
+        traceback.print_exc()
+        discard_output()
+        return 2
+
+
+def discard_output() -> None:
+    """Let what is still buffered go nowhere, where it failed to go before."""
+    with suppress(OSError, ValueError):  # there may be no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # -- arguments -------------------------------------------------------------------------

@@ -71,6 +71,12 @@ def media_type(text: Any) -> str:
     return text if fits else "application/octet-stream"
 
 
+def may_be_inline(request: Any, job: JobStatus) -> bool:
+    """Say whether the result is worth a look: JSON is shorter than a pickle, but not that much."""
+    limit = request.registry.getUtility(IScheduler).settings["inline_limit"]
+    return job.media_type is None and (job.result_size or 0) <= 8 * limit
+
+
 def is_inline(request: Any, value: Any) -> bool:
     limit = request.registry.getUtility(IScheduler).settings["inline_limit"]
     text = None if value is NOTHING else to_json(value)

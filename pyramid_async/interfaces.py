@@ -235,6 +235,9 @@ class IJobStore(Interface):
     def pack(value: Any, table: Any) -> Any:
         """Return *value* as a payload for a record; raise `NotSchedulable` where it cannot be."""
 
+    def size(payload: Any) -> int | None:
+        """Return the bytes of a payload that is an object of its own, else None."""
+
     def unpack(payload: Any, table: Any) -> Any:
         """Return the value of a payload, its persistent objects loaded by *table*'s connection."""
 

@@ -71,6 +71,13 @@ def _text(value: Any) -> str:
     return value
 
 
+def _queue(value: Any) -> str:
+    # Celery's RabbitMQ takes no others.
+    if len(_text(value).encode()) > 255 or value.startswith("amq."):
+        raise ValueError
+    return str(value)
+
+
 def _count(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError
@@ -103,7 +110,7 @@ def class_name(kind: type) -> str:
 # Option of `using` -> (conversion, what is allowed).
 OPTIONS: dict[str, tuple[Any, str]] = {
     "title": (_text, "a text"),
-    "queue": (_text, "a name"),
+    "queue": (_queue, "a name of at most 255 bytes in UTF-8 that does not begin with amq."),
     "key": (_text, "a text"),
     "run_after": (_moment, "seconds from now, 0 to 1e10, or a datetime with a time zone"),
     "timeout": (_seconds, "seconds, 0 to 1e10"),
@@ -159,6 +166,7 @@ class JobRecord(Persistent):
     reached = 0  # percent that an earlier attempt showed: progress never falls
     arguments: Any = None  # payload of (args, kw); None: there are none
     result: Any = None
+    result_size: int | None = None  # bytes as stored, of a large one
     media_type: Any = None  # of a result that is a file
     failure: Failure | None = None
     exception: Any = None
@@ -233,10 +241,15 @@ class JobRecord(Persistent):
             self.attempts -= 1
         self._open(now)
 
-    def reach(self, percent: int | None) -> None:
-        """Remember how far an attempt came: the progress of a job never falls."""
+    def reach(self, percent: int | None, started: float | None = None) -> None:
+        """Remember how far an attempt came, for the progress of a job never falls; and its start.
+
+        *started*: where the attempt needed no claim, which would have noted it.
+        """
         if percent is not None and percent > self.reached:
             self.reached = percent
+        if self.started is None and started is not None:
+            self.started = started
 
     def retry(self, now: float, run_after: float, holder: str | None) -> None:
         """Let *holder*, or any process, run the job again, later."""
@@ -283,7 +296,7 @@ class JobRecord(Persistent):
     def clear(self) -> None:
         """Write the record, hidden and with nothing in it that is large: it is being removed."""
         self.removed = True
-        self._drop("arguments", "cursor", "result", "failure", "exception")
+        self._drop("arguments", "cursor", "result", "result_size", "failure", "exception")
 
     def _drop(self, *names: str) -> None:
         """Go back to the defaults, which take no room."""
@@ -336,10 +349,11 @@ class JobStatus:
     attempts: int = 0
     failure: Failure | None = None
     media_type: str | None = None  # of a result that is a file
+    result_size: int | None = None  # bytes as stored, where that is more than 64 KiB in the ZODB
 
 
 # Visible changes of one attempt that a revision leaves room for.
-_TICKS = 1 << 40
+TICKS = 1 << 40
 
 
 def status_of(record: JobRecord, live: Live | None = None) -> JobStatus:
@@ -348,7 +362,7 @@ def status_of(record: JobRecord, live: Live | None = None) -> JobStatus:
         sid=record.sid,
         status=record.status,
         done=record.done,
-        revision=record.revision * _TICKS,
+        revision=record.revision * TICKS,
         created=record.created,
         updated=record.updated,
         owner=record.owner,
@@ -360,6 +374,7 @@ def status_of(record: JobRecord, live: Live | None = None) -> JobStatus:
         attempts=record.attempts,
         failure=record.failure,
         media_type=record.media_type,
+        result_size=record.result_size,
         progress=record.reached or None,
     )
     if record.status == SUCCESSFUL:
@@ -375,7 +390,7 @@ def _running(record: JobRecord, live: Live) -> dict[str, Any]:
         status=RUNNING,
         started=live.started,
         updated=max(record.updated, live.changed),
-        revision=record.revision * _TICKS + min(live.ticks, _TICKS - 1),
+        revision=record.revision * TICKS + min(live.ticks, TICKS - 1),
         progress=percent if live.percent is None else max(live.percent, record.reached),
         message=live.message,
         remaining=live.remaining,

@@ -25,9 +25,9 @@ from .documents import (
     to_json,
 )
 from .interfaces import IScheduler, NotSchedulable, SchedulerFull
-from .jobs import DISMISSED, FAILED, FileResult, JobStatus
+from .jobs import DISMISSED, FAILED, FileResult
 from .resources import FULL_RETRY, add_resource
-from .views import outcome, root_of, visible
+from .views import brief_outcome, outcome, root_of, visible
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def add_rpc(config: Any) -> None:
 
 def rpc(request: Any) -> Any:
     """POST: answer a request or a batch; all in the request's transaction."""
-    if request.content_type not in MEDIA_TYPES:
+    if (request.content_type or "").lower() not in MEDIA_TYPES:
         raise problem(415)
     answer = Dispatcher(request).answer(body_of(request))
     if answer is None:
@@ -226,12 +226,13 @@ class Methods:
         return document(self.request, job)
 
     def status(self, jobID: Any) -> dict[str, Any]:
-        job, value = self.outcome(jobID)
-        return document(self.request, job, value)
+        self.find(jobID)
+        return document(self.request, *brief_outcome(self.request, self.scheduler, jobID))
 
     def job_result(self, jobID: Any) -> Any:
         """Return the result where it is JSON; else say where it is, or why there is none."""
-        job, value = self.outcome(jobID)
+        self.find(jobID)
+        job, value = outcome(self.scheduler, jobID)
         if job.status == FAILED:
             raise RpcError(NO_RESULT, failure(job))
         if not job.done:
@@ -247,10 +248,6 @@ class Methods:
         self.find(jobID)
         self.scheduler.cancel(jobID)
         return self.status(jobID)
-
-    def outcome(self, sid: Any) -> tuple[JobStatus, Any]:
-        self.find(sid)
-        return outcome(self.scheduler, sid)
 
     def find(self, sid: Any) -> None:
         if not isinstance(sid, str):

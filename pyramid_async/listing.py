@@ -63,7 +63,7 @@ def cursor_of(request: Any) -> tuple[float, str] | None:
     try:
         created, sid = json.loads(base64.b64decode(given[0], b"-_", validate=True))
         return float(created), str(sid)
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         raise problem(400, detail="the cursor is none that was given") from None
 
 

@@ -161,7 +161,7 @@ def is_ours(request: Any) -> bool:
 def field(request: Any, name: str) -> str:
     try:
         value = request.POST.get(name, "")
-    except ValueError:
+    except (ValueError, DeprecationWarning):  # which WebOb raises at another charset
         raise problem(400, detail="the body is no form in UTF-8") from None
     return value if isinstance(value, str) else ""
 

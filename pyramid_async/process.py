@@ -20,6 +20,12 @@ from .transactional import OwnManager
 _drawn: dict[int, list[str]] = {}
 
 
+class Exit:
+    """Whether the process was told to exit; a class, for a signal handler can take no lock."""
+
+    asked = False
+
+
 def new_id() -> str:
     """Return 128 bits from `secrets`, in hexadecimal.
 

@@ -93,6 +93,9 @@ class RamStore:
         # Copies, or else an attempt would find what an earlier one made of its arguments.
         return map_references(value, replace, (Persistent, PersistentContext), copies=True)
 
+    def size(self, payload: Any) -> None:
+        """Return None: it is not known."""
+
     def unpack(self, payload: Any, table: RamTable) -> Any:
         return resolve_references(payload, lambda: table.connection, copies=True)
 

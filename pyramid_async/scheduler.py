@@ -276,8 +276,8 @@ class Scheduler:
         return None if record is None else self._status(record, table)
 
     def _status(self, record: JobRecord, table: Any) -> JobStatus:
-        job = self.worker.running.get(record.sid)
-        if job is not None and job.begun and (live := job.live()).shows(record):
+        live = self.worker.live(record.sid)
+        if live is not None and live.shows(record):
             return status_of(record, live)
         return status_of(record, table.live(record))
 
@@ -327,7 +327,8 @@ class Scheduler:
         record = table.get(sid)
         if record is None or record.done:
             return False
-        record.reach(self._status(record, table).progress)
+        status = self._status(record, table)
+        record.reach(status.progress, status.started)
         record.finish(DISMISSED, self.store.clock(), self.worker.result_timeout)
         self._tm_in_use().get().addBeforeCommitHook(self._confirm_dismissal, (sid,))
         self.worker.changed(sid, DISMISSED)

@@ -109,7 +109,15 @@ class ManualExecutor:
         self.store = scheduler.store
         self.previous = scheduler.executor
         self.clock = Clock(self.store.clock)
-        self.recovery = Recovery(self.store, self, monotonic=self.clock)
+        times = self.previous.recovery
+        self.recovery = Recovery(
+            self.store,
+            self,
+            heartbeat=times.heartbeat,
+            lease=times.lease,
+            interval=times.interval,
+            monotonic=self.clock,
+        )
         self.scheduled: list[Scheduled] = []  # what was committed, in this order
         self._scheduler = scheduler
         self._waiting: dict[str, tuple[float, int | None]] = {}  # sid -> (when, seen)
@@ -246,12 +254,13 @@ class ManualExecutor:
                 return None
             return sid, self._waiting.pop(sid)[1]
 
-    def _apart(self) -> Any:
+    def _apart(self, tm: Any = None) -> Any:
         """Return the worker's surroundings in a manager of their own.
 
-        The thread's manager may be in the midst of the commit that woke the job.
+        The thread's manager may be in the midst of the commit that woke the job.  *tm*: of
+        another executor of this kind, which stands in place of this one.
         """
-        surroundings = self._surroundings(tm=TransactionManager(explicit=True))
+        surroundings = self._surroundings(tm=tm or TransactionManager(explicit=True))
         finish = surroundings.end
 
         def finish_and_release() -> None:

@@ -18,6 +18,7 @@ from zope.interface import implementer
 from .attempt import end
 from .interfaces import IExecutor
 from .jobs import FRESH
+from .process import Exit
 from .worker import GIVE_BACK
 
 log = logging.getLogger(__name__)
@@ -220,4 +221,5 @@ def exit_on_sigterm() -> None:
 
 
 def _exit(signum: int, frame: Any) -> None:
+    Exit.asked = True
     sys.exit(128 + signum)

@@ -18,12 +18,13 @@ from .documents import (
     busy,
     document,
     dumps,
+    may_be_inline,
     no_such_job,
     problem,
     retry_after,
 )
 from .interfaces import IScheduler
-from .jobs import DISMISSED, SUCCESSFUL, JobStatus
+from .jobs import DISMISSED, SUCCESSFUL, TICKS, JobStatus
 from .listing import page
 from .resources import FULL_RETRY, add_refusals, add_resource
 from .results import response_of
@@ -172,7 +173,7 @@ class Dismissal:
             return 200, document(self.request, scheduler.status(self.sid))
         if self.removed is not None and scheduler.status(self.sid) is None:
             return 200, self.removed
-        return self.finished(scheduler, *outcome(scheduler, self.sid))
+        return self.finished(scheduler, *brief_outcome(self.request, scheduler, self.sid))
 
     def finished(self, scheduler: Any, job: JobStatus, value: Any) -> tuple[int, dict[str, Any]]:
         last = document(self.request, job, value)
@@ -195,12 +196,12 @@ def awaited(request: Any, enough: Any) -> tuple[JobStatus, int | None]:
 
 def described(request: Any, job: JobStatus) -> dict[str, Any]:
     """Return the status document, with the result of a successful job."""
-    if job.status != SUCCESSFUL:
+    if job.status != SUCCESSFUL or not may_be_inline(request, job):
         return document(request, job)
 
     def describe(scheduler: Any) -> Any:
         # The value is read while its connection is open.
-        return document(request, *outcome(scheduler, job.sid))
+        return document(request, *brief_outcome(request, scheduler, job.sid))
 
     last: dict[str, Any] = transact(request, describe)
     return last
@@ -222,6 +223,14 @@ def outcome(scheduler: Any, sid: str) -> tuple[JobStatus, Any]:
     return found
 
 
+def brief_outcome(request: Any, scheduler: Any, sid: str) -> tuple[JobStatus, Any]:
+    """Return the same, but NOTHING for a value that no document shows: it is not loaded."""
+    job = scheduler.status(sid)
+    if job is None or may_be_inline(request, job):
+        return outcome(scheduler, sid)
+    return job, NOTHING
+
+
 def json_response(body: Any, status: int = 200) -> Any:
     return Response(dumps(body), status=status, content_type=JSON)
 
@@ -238,6 +247,9 @@ def with_hints(response: Any, job: JobStatus, waited: int | None) -> Any:
 # -- entity tags -----------------------------------------------------------------------
 
 
+_REVISION = re.compile("[0-9]{1,30}")
+
+
 def etag(job: JobStatus) -> str:
     return f'W/"{job.revision}"'
 
@@ -248,9 +260,17 @@ class Tags:
     def __init__(self, header: str) -> None:
         self.any = header.strip() == "*"
         self.opaque = set(re.findall(r'"([^"]*)"', header))
+        self.revisions = {int(tag) for tag in self.opaque if _REVISION.fullmatch(tag)}
 
     def match(self, job: JobStatus) -> bool:
-        return self.any or str(job.revision) in self.opaque
+        return self.any or any(self._is_known(job, revision) for revision in self.revisions)
+
+    def _is_known(self, job: JobStatus, revision: int) -> bool:
+        """Say whether who has seen the revision knows all that is known of the job here.
+
+        Of a running job the process that runs it knows more than the others.
+        """
+        return revision >= job.revision and revision // TICKS == job.revision // TICKS
 
     def outdated(self, job: JobStatus) -> bool:
         """Say whether the client knows the job, as it was at another time."""

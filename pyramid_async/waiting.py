@@ -13,6 +13,7 @@ from typing import Any
 from .documents import problem
 from .interfaces import IScheduler
 from .jobs import JobStatus
+from .process import Exit
 
 # Seconds after which a waiter looks again: other processes tell nothing, and clients leave.
 LOOK = 0.5
@@ -93,11 +94,14 @@ def hold(
 
 @contextmanager
 def transaction_released(request: Any) -> Iterator[None]:
-    """End the request's transaction for a while: who the user is may have been read in it."""
+    """End the request's transaction for a while: who the user is may have been read in it.
+
+    What the application wrote in it is committed, as it would be at the end of the request.
+    """
     if not request.environ.get("tm.active"):
         yield
         return
-    request.tm.abort()
+    (request.tm.abort if request.tm.isDoomed() else request.tm.commit)()
     try:
         yield
     finally:
@@ -107,7 +111,10 @@ def transaction_released(request: Any) -> Iterator[None]:
 def watch(
     request: Any, sid: str, enough: Callable[[JobStatus], bool], seconds: float
 ) -> JobStatus | None:
-    """Return the job's status once it is *enough*, the time is over or the client has left."""
+    """Return the job's status once it is *enough*, the time is over or somebody leaves.
+
+    That is the client, or this process: a server waits for its threads when it ends, for long.
+    """
     scheduler = request.registry.getUtility(IScheduler)
     gone = request.environ.get("waitress.client_disconnected", lambda: False)
     deadline = time.monotonic() + seconds
@@ -115,6 +122,6 @@ def watch(
         seen = scheduler.changes.count  # before the look: no change between both is missed
         job = scheduler.transact(lambda inside: inside.status(sid))
         left = deadline - time.monotonic()
-        if job is None or enough(job) or left <= 0 or gone():
+        if job is None or enough(job) or left <= 0 or gone() or Exit.asked:
             return job
         scheduler.changes.wait(seen, min(left, LOOK))

@@ -31,6 +31,7 @@ from .jobs import (
     SUCCESSFUL,
     Failure,
     JobRecord,
+    Live,
     class_name,
 )
 from .transactional import LONGEST_PAUSE, backoff, transact
@@ -42,6 +43,9 @@ GIVE_BACK = 1.0
 
 # Longest delay before a job is tried again by `retry_on`, seconds.
 LONGEST_DELAY = 300.0
+
+# At least so many attempts are remembered after their end.
+REMEMBERED = 100
 
 # Characters that are kept of an exception: an error may quote a whole document.
 TEXT_LIMIT = 8_000
@@ -78,6 +82,7 @@ class Worker:
         self.keeps = True  # jobs wait in a queue of this process, and need no claim from there
         self.later: Callable[[float, str], None] = lambda when, sid: None
         self.running: dict[str, Job] = {}
+        self.ended: dict[str, Live] = {}  # what the last attempts showed at their end
         self.changes = Changes()
 
     @property
@@ -106,9 +111,25 @@ class Worker:
             # The database is out of reach, or this is a defect: recovery finds the job later.
             log.exception("job %r was left as it is", sid)
         finally:
+            self._remember(job)
             del self.running[sid]
             self.changes.tell()
         return True
+
+    def _remember(self, job: Job) -> None:
+        if job.begun:
+            self.ended[job.sid] = job.live()
+        if len(self.ended) > 2 * REMEMBERED:
+            for sid in list(self.ended)[:REMEMBERED]:
+                self.ended.pop(sid, None)
+
+    def live(self, sid: str) -> Live | None:
+        """Return what an attempt of this process shows, or showed at its end a moment ago.
+
+        For who reads the record as it was before that end.
+        """
+        job = self.running.get(sid)
+        return job.live() if job is not None and job.begun else self.ended.get(sid)
 
     def free(self, sid: str, seen: int) -> bool:
         """Let any process claim a job that was judged lost, with the revision *seen*.
@@ -316,7 +337,9 @@ class Worker:
         if record.failure is not None and record.failure.error_id == failure.error_id:
             return record.status, record.run_after  # only the reply to our commit was lost
         if not record.belongs_to(job.holder, job.signature):
-            return record.status, None
+            # Ours where only the reply to its commit was lost; else others have told.
+            ours = record.signature == job.signature
+            return record.status if ours else f"another attempt's by now, {record.status}", None
         now = self.store.clock()
         if record.status == ACCEPTED:
             record.claim(self.store.process, job.signature, job.started)
@@ -374,7 +397,7 @@ class Worker:
         """Dismiss a job that did so itself, for that went with its effects."""
         record = table.get(job.sid)
         if record is not None and record.belongs_to(job.holder, job.signature):
-            record.reach(job.percent)
+            record.reach(job.percent, job.started)
             record.finish(DISMISSED, self.store.clock(), self.result_timeout)
             self.tell(job.sid, DISMISSED)
 

@@ -202,6 +202,10 @@ class ZodbStore:
         stored: Any = data if len(data) <= INLINE_PAYLOAD else Large(data)
         return (stored, *kept) if kept else stored
 
+    def size(self, payload: Any) -> int | None:
+        stored = payload[0] if isinstance(payload, tuple) else payload
+        return len(stored.data) if isinstance(stored, Large) else None
+
     def unpack(self, payload: Any, table: ZodbTable) -> Any:
         stored = payload[0] if isinstance(payload, tuple) else payload
         data = stored.data if isinstance(stored, Large) else stored

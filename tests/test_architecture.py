@@ -39,7 +39,7 @@ MAP = {
     ),
     "attempt": ("interfaces jobs process context transactional current", "transaction ZODB"),
     "worker": ("interfaces jobs context transactional current attempt", "transaction"),
-    "threads": ("interfaces jobs current attempt worker", "transaction zope"),
+    "threads": ("interfaces jobs process current attempt worker", "transaction zope"),
     "recovery": ("interfaces jobs transactional current", "persistent"),
     "scheduler": (
         "interfaces jobs process context transactional current ram zodb worker threads recovery",
@@ -53,7 +53,7 @@ MAP = {
     "documents": ("interfaces jobs", "pyramid"),
     "cors": ("interfaces", "pyramid"),
     "resources": ("interfaces documents cors", "pyramid transaction"),
-    "waiting": ("interfaces jobs documents", ""),
+    "waiting": ("interfaces jobs process documents", ""),
     "results": ("jobs documents", "pyramid"),
     "listing": ("jobs documents waiting", ""),
     "views": (

@@ -416,20 +416,37 @@ def test_database_of_a_running_server_is_left_alone(ini, pasync):
         assert "use the operator's page" in err
 
 
-def test_reader_that_has_seen_enough_causes_no_traceback(ini, wait_for):
-    run(ini, wait_for, (well,))
-    command = (
-        f"{sys.executable} -c 'import sys; from pyramid_async.cli import main; sys.exit(main())'"
-        f" {ini} list --json --limit 1000 | true"
-    )
-    said = subprocess.run(
-        ["bash", "-c", command + "; exit ${PIPESTATUS[0]}"],
-        env={"PYTHONPATH": ":".join(sys.path)},
+def shell(command, **environ):
+    """Run a line of the shell in which PASYNC is the command."""
+    program = "import sys; from pyramid_async.cli import main; sys.exit(main())"
+    return subprocess.run(
+        ["bash", "-c", command.replace("PASYNC", f"{sys.executable} -c '{program}'")],
+        env={"PYTHONPATH": ":".join(sys.path), **environ},
         capture_output=True,
         text=True,
         timeout=50,
     )
+
+
+def test_reader_that_has_seen_enough_causes_no_traceback(ini, wait_for):
+    run(ini, wait_for, (well,))
+    said = shell(f"PASYNC {ini} list --json --limit 1000 | true; exit ${{PIPESTATUS[0]}}")
     assert (said.returncode, said.stderr) == (0, "")
+
+
+def test_letters_that_the_terminal_has_not_are_escaped(ini, wait_for):
+    with serving(ini) as scheduler:
+        put(scheduler, well, title="日本", run_after=3600)
+    said = shell(f"PASYNC {ini} list", PYTHONIOENCODING="latin-1")
+    assert (said.returncode, said.stderr) == (0, "")
+    assert r"\u65e5\u672c" in said.stdout
+
+
+def test_output_that_cannot_be_written_is_no_finding(ini, wait_for):
+    run(ini, wait_for, (well,))
+    said = shell(f"PASYNC {ini} list >/dev/full")
+    assert said.returncode == 2
+    assert "No space left on device" in said.stderr
 
 
 def test_command_is_installed():

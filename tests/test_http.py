@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from base64 import b64encode
 from uuid import uuid4
 
 import pytest
@@ -112,6 +113,12 @@ def web(request):
 def ram():
     """A client of an application without any database."""
     with browser({"async.store": "ram"}) as client:
+        yield client
+
+
+@pytest.fixture
+def durable():
+    with kind("zodb-explicit-retry") as client:
         yield client
 
 
@@ -226,6 +233,7 @@ def test_status_is_200_and_valid_in_every_state(web, at_gate):
         assert valid(web.delete(url).json)["status"] == "dismissed"
         document = valid(web.get(url).json)
         assert document["status"] == "dismissed"
+        assert document["started"] >= document["created"]
 
 
 def next_millisecond():
@@ -330,7 +338,41 @@ def test_other_tags_are_answered_with_200(ram, header):
     ram.get(url, headers={"If-None-Match": header}, status=200)
 
 
+def test_tag_of_the_process_that_runs_the_job_is_newer_and_not_another(web, at_gate):
+    """Of several processes the others know less of the job, until it changes hands or ends."""
+    url = running(web, web.url(behind_gate, at_gate), at_gate)
+    tag = web.get(url).headers["ETag"]
+    newer = f'W/"{int(tag[3:-1]) + 5}"'
+    web.get(url, headers={"If-None-Match": newer}, status=304)
+    answer = web.get(url + "?wait=1", headers={"If-None-Match": newer}, status=304)
+    assert answer.headers["Preference-Applied"] == "wait=1"
+    older = f'W/"{int(tag[3:-1]) - 1}"'
+    web.get(url, headers={"If-None-Match": older}, status=200)
+    GATES[at_gate].opened.set()
+    web.done(url)
+    web.get(url, headers={"If-None-Match": newer}, status=200)
+
+
 # -- the result inside the document -----------------------------------------------------
+
+
+@pytest.mark.parametrize("job", [(repeat, "x", 600_000), (make_file, "x")])
+def test_result_that_no_document_shows_is_not_loaded_for_one(durable, monkeypatch, job):
+    url, _ = durable.finished(*job)
+    loaded = []
+    unpack = durable.scheduler.store.unpack
+    monkeypatch.setattr(
+        durable.scheduler.store, "unpack", lambda *args: loaded.append(1) or unpack(*args)
+    )
+    document = durable.get(url).json
+    assert "result" not in document
+    assert durable.head(url).status_code == 200
+    call = {"jsonrpc": "2.0", "id": 1, "method": "async.status", "params": [url.rpartition("/")[2]]}
+    assert durable.post_json("/async/rpc", call).json["result"] == document
+    assert durable.delete(url + "?only=cancel", status=409).json == document
+    assert loaded == []
+    assert b"x" in durable.get(url + "/results").body
+    assert loaded == [1]
 
 
 @pytest.mark.parametrize("value", [None, 0, False, "", "käse €", [], {"a": [1, 2.5, None, True]}])
@@ -793,7 +835,8 @@ def test_list_has_a_hundred_jobs_a_page_at_most():
     "query",
     ["limit=", "limit=0", "limit=-1", "limit=x", "limit=1&limit=x", "limit=1.5", "status=",
      "status=done", "status=running&status=x", "cursor=", "cursor=x", "cursor=W10=",
-     "cursor=WzEsMl0", "cursor=bnVsbA==", "cursor=W251bGwsICJ4Il0=", "cursor=%ff", "cursor=%C3%A9"],
+     "cursor=WzEsMl0", "cursor=bnVsbA==", "cursor=W251bGwsICJ4Il0=", "cursor=%ff", "cursor=%C3%A9",
+     "cursor=" + b64encode(b"[1" + b"0" * 400 + b',"a"]').decode()],
 )  # fmt: skip
 def test_malformed_parameters_of_the_list_are_400(ram, query):
     is_problem(listed(ram, f"?{query}", status=400))

@@ -308,7 +308,7 @@ def test_request_of_another_media_type_is_415():
         for media_type in ("text/plain", "application/x-www-form-urlencoded", "text/json", ""):
             response = post(web, "{}", status=415, headers={"Content-Type": media_type})
             assert response.content_type == "application/problem+json"
-        for media_type in ("application/json; charset=utf-8", "application/json-rpc"):
+        for media_type in ("application/json; charset=utf-8", "Application/JSON-RPC"):
             post(web, "{}", headers={"Content-Type": media_type})
 
 

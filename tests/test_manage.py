@@ -954,7 +954,13 @@ def test_form_of_another_site_does_nothing_over_tls(web):
 
 
 @pytest.mark.parametrize(
-    "content_type", ["application/x-www-form-urlencoded", "multipart/form-data", "text/plain"]
+    "content_type",
+    [
+        "application/x-www-form-urlencoded",
+        "application/x-www-form-urlencoded; charset=unheard-of",
+        "multipart/form-data",
+        "text/plain",
+    ],
 )
 @pytest.mark.parametrize("body", [b"", b"\xff=\xff&csrf_token=%ff", b"--x", b"%" * 1000])
 def test_body_that_is_no_form_is_a_400(web, body, content_type):

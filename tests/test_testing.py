@@ -166,6 +166,26 @@ def statuses(jobs):
 # -- inline --------------------------------------------------------------------------------
 
 
+def test_one_executor_stands_in_place_of_another(app, registry):
+    with manual(registry) as outer:
+        with inline(registry):
+            assert app.get(post(app, "deposit", 5)).json["status"] == "successful"
+        url = post(app, "deposit", 2)
+        assert app.get(url).json["status"] == "accepted"
+        outer.drain()
+        assert app.get(url).json["status"] == "successful"
+    assert data(app) == 7
+
+
+def test_recovery_has_the_times_of_the_application(registry):
+    usual = registry.getUtility(IScheduler).executor.recovery
+    usual.lease = 300.0
+    with manual(registry) as jobs:
+        assert jobs.recovery.lease == 300.0
+        assert jobs.recovery.heartbeat == usual.heartbeat
+        assert jobs.recovery.interval == usual.interval
+
+
 def test_inline_job_has_ended_when_the_request_has(app, registry):
     with inline(registry):
         url = post(app, "deposit", 5)

@@ -24,6 +24,7 @@ from zope.interface.verify import verifyObject
 from pyramid_async import IScheduler, current_job
 from pyramid_async.attempt import Surroundings
 from pyramid_async.interfaces import IExecutor
+from pyramid_async.process import Exit
 from pyramid_async.scheduler import Caller, PersistentTransactionalScheduler, TransactionalScheduler
 from pyramid_async.threads import ThreadExecutor, exit_on_sigterm
 from pyramid_async.worker import Worker
@@ -455,8 +456,9 @@ def test_suspended_executor_takes_no_jobs_and_tells_the_running_ones(db, key, at
 
 
 @pytest.fixture
-def sigterm():
+def sigterm(monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(Exit, "asked", False)
     yield
     signal.signal(signal.SIGTERM, before)
 
@@ -467,6 +469,7 @@ def test_sigterm_becomes_system_exit_where_nobody_handles_it(sigterm):
     with pytest.raises(SystemExit) as left:
         signal.raise_signal(signal.SIGTERM)
     assert left.value.code == 128 + signal.SIGTERM
+    assert Exit.asked  # for who waits
 
 
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda signum, frame: None])

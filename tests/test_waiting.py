@@ -11,6 +11,8 @@ from uuid import uuid4
 
 import pytest
 import waitress.server
+from pyramid.events import NewRequest
+from pyramid_zodbconn import get_connection
 from transaction.interfaces import NoTransaction, TransientError
 from waitress import wasyncore
 from webapp import (
@@ -29,6 +31,7 @@ from webapp import (
     tell_later,
 )
 
+from pyramid_async.process import Exit
 from pyramid_async.scheduler import Scheduler
 from pyramid_async.zodb import ZodbTable
 
@@ -89,6 +92,59 @@ def tag_of(web, url):
 
 
 # -- what ends the wait ------------------------------------------------------------------
+
+
+def test_process_that_is_told_to_exit_holds_nobody(web, hold, at_gate, monkeypatch):
+    """A server waits for its threads; the jobs would be told so much later."""
+    monkeypatch.setattr(Exit, "asked", False)
+    answer = hold(web, at_work(web, at_gate) + f"?wait={LONG}")
+    monkeypatch.setattr(Exit, "asked", True)
+    assert answer.result(3).json["status"] == "running"
+
+
+def visits(config):
+    """Count the requests in the database, in the transaction of each."""
+
+    def count(event):
+        root = get_connection(event.request).root()
+        root["visits"] = root.get("visits", 0) + 1
+
+    config.add_subscriber(count, NewRequest)
+    config.add_route("visits", "/visits")
+    config.add_view(
+        lambda request: get_connection(request).root()["visits"],
+        route_name="visits",
+        renderer="json",
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name.startswith("zodb")])
+def test_what_the_application_writes_in_a_held_request_stays(name, at_gate):
+    with kind(name, routes=visits) as web:
+        url = at_work(web, at_gate)
+        before = web.get("/visits").json
+        for _ in range(3):
+            answer = web.get(url + "?wait=1")
+            assert answer.headers["Preference-Applied"] == "wait=1"
+        assert web.get("/visits").json == before + 4
+
+
+def doomed(config):
+    visits(config)
+
+    def doom(event):
+        if event.request.params.get("doom"):
+            event.request.tm.doom()
+
+    config.add_subscriber(doom, NewRequest)
+
+
+def test_what_is_doomed_in_a_held_request_goes(at_gate):
+    with kind("zodb-explicit-retry", routes=doomed) as web:
+        url = at_work(web, at_gate)
+        before = web.get("/visits").json
+        web.get(url + "?wait=1&doom=1", status=200)
+        assert web.get("/visits").json == before + 1
 
 
 @pytest.mark.parametrize(

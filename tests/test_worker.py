@@ -164,6 +164,10 @@ def meet_conflicts_and_then_a_storage_error(key, times, errors):
         transaction.get().join(SqlManager("tpc_vote"))
 
 
+def show_progress():
+    current_job().progress(1, 2)
+
+
 def check_behind_gate(key, name):
     GATES[name].pass_through()
     current_job().check()
@@ -773,12 +777,46 @@ def test_attempt_that_lost_its_job_does_not_dismiss_it(bells, key, at):
     thread = threading.Thread(target=bells.worker.run, args=[sid])
     thread.start()
     GATES[at].reach()
-    bells.record(sid, signature="another worker's", status="running", holder="another")
+    facts = dict(signature="another worker's", status="running", holder="another")
+    bells.record(sid, **facts)
     bells.recovery.tell()
-    bells.record(sid, signature=None, status="accepted", holder=None)
+    bells.record(sid, signature=None, status="accepted", holder=None, revision=9)
     GATES[at].opened.set()
     thread.join(10)
     assert bells.status(sid).status == "accepted"
+
+
+def test_attempt_that_lost_its_job_tells_nobody_of_its_failure(bells, key, at):
+    """Another one ended the job, and told."""
+    sid = bells.schedule(fail_behind_gate, key, at)
+    thread = threading.Thread(target=bells.worker.run, args=[sid])
+    thread.start()
+    GATES[at].reach()
+    bells.record(sid, signature="another worker's", status="successful", finished=1.0)
+    GATES[at].opened.set()
+    thread.join(10)
+    assert bells.told == []
+
+
+def test_who_reads_an_older_snapshot_sees_the_job_run_and_not_wait(durable, key):
+    """The attempt is over, but for this reader its commit has not happened."""
+    sid = durable.schedule(show_progress)
+    with durable.transaction() as (table, _):
+        older = durable.scheduler.bind(table.tm)
+        assert older.status(sid).status == "accepted"
+        thread = threading.Thread(target=durable.worker.run, args=[sid])
+        thread.start()
+        thread.join(10)
+        status = older.status(sid)
+        assert (status.status, status.progress) == ("running", 50)
+    assert durable.status(sid).status == "successful"
+
+
+def test_few_attempts_are_remembered(durable, monkeypatch):
+    monkeypatch.setattr(pyramid_async.worker, "REMEMBERED", 3)
+    sids = [durable.run(give, n) for n in range(10)]
+    assert set(sids[-3:]) <= set(durable.worker.ended)
+    assert len(durable.worker.ended) <= 6
 
 
 def test_job_that_raises_jobdismissed_is_dismissed(one, key):

@@ -68,7 +68,7 @@ export async function watch(location, options = {}) {
 
 export async function cancel(location, options = {}) {
   const url = query(absolute(location), "only", "cancel");
-  const answer = await ask(url, options, { method: "DELETE" });
+  const answer = await ask(url, options, { method: "DELETE" }, PATIENCE);
   // 409: it had finished before, and the document says how.
   if (answer.response.ok || answer.body?.jobID) return answer.body;
   throw refusal(answer);
@@ -84,7 +84,7 @@ async function fetched(link, url, options) {
   if (!isJson(link?.type)) return link;
   const href = new URL(link.href, url);
   return insist(options, async () => {
-    const answer = await ask(href, options);
+    const answer = await ask(href, options, { large: true }, PATIENCE);
     if (!answer.response.ok) throw refusal(answer);
     return answer.body;
   });
@@ -124,8 +124,12 @@ class Watch {
   }
 
   tell(job) {
-    if (job) this.options.onProgress?.(job);
-    return job?.done;
+    if (!job) return false;
+    // Of several servers those that do not run the job may know less of it.
+    if (!job.done && this.progress > (job.progress ?? -1)) job.progress = this.progress;
+    this.progress = job.progress;
+    this.options.onProgress?.(job);
+    return job.done;
   }
 
   /** Return the document and the seconds until the next look. */
@@ -233,7 +237,7 @@ const gap = () => 0.1 + Math.random() / 5;
 
 // -- HTTP -------------------------------------------------------------------------------------
 
-/** Return the response and its body where that is JSON. */
+/** Return the response and its body where that is JSON; a large one may take its time. */
 async function ask(url, { signal, headers, credentials, token }, init = {}, seconds = Infinity) {
   signal?.throwIfAborted();
   const { method = "GET", type, body } = init;
@@ -248,6 +252,7 @@ async function ask(url, { signal, headers, credentials, token }, init = {}, seco
   try {
     const options = { method, headers: sent, body, credentials, signal: stop.signal };
     const response = await fetch(url, options);
+    if (init.large) clearTimeout(timer);
     return { response, body: await read(response) };
   } finally {
     clearTimeout(timer);
@@ -312,7 +317,7 @@ const MARKUP = `
 <p id="head"><span id="title" part="title" dir="auto"></span> <span id="status" part="status" role="status"></span></p>
 <div id="bar" part="bar" role="progressbar" aria-labelledby="title" aria-valuemin="0" aria-valuemax="100"><div id="fill" part="fill"></div></div>
 <p id="line" part="message"><span id="percent"></span> <span id="message" dir="auto"></span></p>
-<p id="error" part="error" dir="auto" hidden></p>
+<p id="error" part="error" role="alert" dir="auto" hidden></p>
 <p id="actions"><button id="cancel" part="cancel" type="button" aria-labelledby="cancel title" hidden></button>
 <a id="result" part="result" aria-labelledby="result title" hidden></a></p>
 </div>`;

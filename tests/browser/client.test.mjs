@@ -489,6 +489,23 @@ test("a bar whose measure becomes known starts from nothing", LIMIT, async () =>
   assert.deepEqual(moving, [[null, ["CSSAnimation"]], [0, []], [50, ["CSSTransition"]]]);
 });
 
+test("progress never falls, whichever server answers", LIMIT, async () => {
+  const { page } = await visit();
+  const documents = [{ progress: 50 }, { progress: 20 }, {}, { progress: 60 }, { done: true }];
+  await page.route("**/async/pretended*", (route) => {
+    const body = JSON.stringify({ status: "running", done: false, links: [], ...documents.shift() });
+    route.fulfill({ contentType: "application/json", body });
+  });
+  const seen = await page.evaluate(async () => {
+    const found = [];
+    const onProgress = (job) => found.push(job.progress ?? null);
+    const { watch } = await import("/async/client.js");
+    await watch("/async/pretended", { onProgress }).catch(() => {});
+    return found;
+  });
+  assert.deepEqual(seen, [50, 50, 50, 60, null]);
+});
+
 test("the element offers a file for download", LIMIT, async () => {
   const shown = await visit({ src: [await server.job("file")] });
   const downloading = shown.page.waitForEvent("download");
