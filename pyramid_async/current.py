@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from .interfaces import JobInterrupted, JobTimeout
 from .jobs import Live
-from .process import new_id
+from .process import new_id, renew_in_children
 
 T = TypeVar("T")
 
@@ -167,9 +167,13 @@ class Changes:
     """Tells waiting threads that some job of this process changed."""
 
     def __init__(self) -> None:
+        self.count = 0
+        self.renew()
+        renew_in_children(self)
+
+    def renew(self) -> None:
         self._lock = threading.Lock()
         self._condition = threading.Condition(self._lock)
-        self.count = 0
 
     def tell(self) -> None:
         with self._lock:

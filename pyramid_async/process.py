@@ -7,7 +7,7 @@ import secrets
 from contextlib import suppress
 from typing import Any
 from uuid import uuid4
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 from transaction.interfaces import NoTransaction
 from ZODB.Connection import Connection
@@ -39,6 +39,26 @@ def new_id() -> str:
         data = secrets.token_bytes(64 * 16).hex()
         ids.extend(data[start : start + 32] for start in range(32, len(data), 32))
         return data[:32]
+
+
+_renewed: Any = WeakSet()
+
+
+def renew_in_children(thing: Any) -> None:
+    """Have ``thing.renew()`` called in each child of a fork, as long as the thing lives.
+
+    A lock that a thread of the parent held would stay locked there for ever.
+    """
+    _renewed.add(thing)
+
+
+def _renew_all() -> None:
+    for thing in list(_renewed):
+        thing.renew()
+
+
+if hasattr(os, "register_at_fork"):  # not where there is no fork
+    os.register_at_fork(after_in_child=_renew_all)
 
 
 class Identity:

@@ -16,7 +16,7 @@ from .conflicts import explain
 from .context import PersistentContext, map_references, refer, resolve_references
 from .interfaces import IJobStore, IJobTable, NotSchedulable, SchedulerFull
 from .jobs import JobRecord
-from .process import Connections, Identity
+from .process import Connections, Identity, renew_in_children
 
 # Longest wait for another transaction between its vote and its finish, seconds.
 VOTE_TIMEOUT = 10.0
@@ -34,17 +34,22 @@ class RamStore:
         self.closed = False  # nobody will run what is added
         self.clock = clock
         self.identity = Identity()
-        self.lock = threading.Lock()
-        self.votes_ended = threading.Condition(self.lock)
-        self.waiting = 0  # transactions that wait for the end of another one's vote
         # sid -> (serial, state of the record); states are replaced, never changed.
         self.states: dict[str, tuple[int, dict[str, Any]]] = {}
         self.pending: set[str] = set()
-        self.promised = 0  # records added by transactions that have not ended
-        self.voted: set[Any] = set()  # sids and keys between tpc_vote and tpc_finish
         self.keys: dict[str, str] = {}  # key -> sid; those of finished jobs may be among them
         self.expiry: list[tuple[float, str]] = []  # heap
         self.connections = Connections()
+        self.renew()
+        renew_in_children(self)
+
+    def renew(self) -> None:
+        """Forget what transactions are at; a child has none of its parent's."""
+        self.lock = threading.Lock()
+        self.votes_ended = threading.Condition(self.lock)
+        self.waiting = 0  # transactions that wait for the end of another one's vote
+        self.promised = 0  # records added by transactions that have not ended
+        self.voted: set[Any] = set()  # sids and keys between tpc_vote and tpc_finish
 
     @property
     def process(self) -> str:

@@ -16,6 +16,7 @@ from persistent import Persistent
 
 from .interfaces import JobTaken
 from .jobs import ACCEPTED, FRESH, JobRecord, Live
+from .process import renew_in_children
 from .transactional import transact
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,6 @@ class Recovery:
         self.monotonic = monotonic
         self._ended = threading.Event()
         self._last: Callable[[], None] | None = None
-        self._wake = threading.Event()
         self._pid: int | None = None
         self._thread: threading.Thread | None = None
         # Process -> (its beat, when we first saw that beat, by our own clock).
@@ -83,9 +83,14 @@ class Recovery:
         self._listed: set[str | None] = set()  # signatures in our last sign of life
         self._beats = 0
         self._shown = 0.0  # when the last sign of life was written, or the first was due
-        self._lock = threading.Lock()
+        self.renew()
+        renew_in_children(self)
         self._timers: list[tuple[float, str]] = []  # heap of (when, sid)
         self._timed: set[str] = set()  # the sids on it
+
+    def renew(self) -> None:
+        self._wake = threading.Event()
+        self._lock = threading.Lock()
 
     # -- the thread
 

@@ -40,7 +40,7 @@ MAP = {
     "attempt": ("interfaces jobs process context transactional current", "transaction ZODB"),
     "worker": ("interfaces jobs context transactional current attempt", "transaction"),
     "threads": ("interfaces jobs process current attempt worker", "transaction zope"),
-    "recovery": ("interfaces jobs transactional current", "persistent"),
+    "recovery": ("interfaces jobs process transactional current", "persistent"),
     "scheduler": (
         "interfaces jobs process context transactional current ram zodb worker threads recovery",
         "persistent transaction zope",

@@ -577,6 +577,34 @@ def test_lock_that_was_held_at_the_fork_does_not_hold_the_child():
 
 
 @pytest.mark.slow
+def test_locks_of_the_store_that_were_held_at_the_fork_do_not_hold_the_child():
+    run = python(
+        """
+        import os, threading, transaction
+        from pyramid_async.scheduler import TransactionalScheduler
+
+        scheduler = TransactionalScheduler()
+        locks = [scheduler.store.lock, scheduler.changes._lock, scheduler.executor.recovery._lock]
+        for lock in locks:
+            lock.acquire()
+        child = os.fork()
+        if child == 0:
+            later = scheduler.using(run_after=0.05).schedule(os.getpid)
+            sid = scheduler.schedule(os.getpid)
+            transaction.commit()
+            while not (scheduler.completed(sid) and scheduler.completed(later)):
+                transaction.abort()
+            print(scheduler.get_result(sid) == scheduler.get_result(later) == (os.getpid(), None))
+            os._exit(0)
+        os.waitpid(child, 0)
+        for lock in locks:
+            lock.release()
+        """
+    )
+    assert run.stdout.split() == ["True"]
+
+
+@pytest.mark.slow
 def test_zodb_that_was_opened_before_the_fork_is_refused_with_an_explanation(tmp_path):
     run = python(
         """
