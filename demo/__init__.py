@@ -47,6 +47,8 @@ def main(global_config: dict[str, str], **settings: Any) -> Any:
         add_operations(config)
         for module in ("users", "views", "characters", "elsewhere"):
             config.include(f".{module}")
+    # At exit the last comes first: the library, which registers below, still gives jobs back.
+    atexit.register(close_databases, config.registry)
     app = config.make_wsgi_app()
     prepare_database(app.registry)
     return app
@@ -74,16 +76,18 @@ def needs_token(request: Request) -> bool:
 
 
 def prepare_database(registry: Any) -> None:
-    """Make the root object before requests can race for it, and close the files in the end."""
+    """Make the root object before requests can race for it."""
     with prepare(registry=registry) as environment:
         request = environment["request"]
         with request.tm:
             connection = get_connection(request)
             connection.root().setdefault("demo", Catalogue())
             connection.root().setdefault(characters.KEY, characters.Characters())
-        database = connection.db()
-    # Looked up when it is called: closed before, it does nothing.
-    atexit.register(lambda: database.close())
+
+
+def close_databases(registry: Any) -> None:
+    for database in registry._zodb_databases.values():
+        database.close()  # closed before, it does nothing
 
 
 def catalogue(request: Request) -> Catalogue:

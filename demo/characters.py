@@ -24,11 +24,11 @@ from .charts import Bars
 from .models import Segment, split_words, words_of_short
 from .sample import CATEGORIES, characters
 from .users import is_operator
+from .views import query_of
 
 KEY = "characters"  # at most one of these jobs is unfinished
 CHARACTERS_OF_A_PART = 500
 SHOWN = 40
-LONGEST_QUERY = 200  # characters
 
 
 class Part(NamedTuple):
@@ -116,7 +116,7 @@ def includeme(config: Configurator) -> None:
 @view_config(route_name="characters", renderer="templates/characters.jinja2")
 def show_characters(request: Request) -> dict[str, Any]:
     index = request.characters
-    query = request.params.get("q", "").strip()[:LONGEST_QUERY]
+    query = query_of(request)
     found = index.search(query)
     return {
         "index": index,

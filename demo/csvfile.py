@@ -6,19 +6,20 @@ import codecs
 import csv
 import io
 import re
-from collections import Counter, deque
-from collections.abc import Iterator
-from itertools import product
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import chain, count, product
 from typing import IO, Any, NamedTuple
 
 MAX_ROWS = 200_000
 MAX_COLUMNS = 500
 MAX_LINE = 1_000_000  # characters; a file without line ends must not be read at once
 MAX_LINES_OF_A_ROW = 1_000  # a quoted cell has line ends, an unclosed one must not eat the file
+LINES_OF_A_REPORT = 200
 
 DELIMITERS = ",;\t|"
 QUOTES = "\"'"
-NO_AGREEMENT = (0.0, 1)
+NO_AGREEMENT = (0.0, 0, 1)
 ONE_COLUMN = {"delimiter": "\x1f"}  # the unit separator, which no text has
 ENCODINGS = {
     "utf-8": "UTF-8",
@@ -72,25 +73,27 @@ class BrokenRow(NamedTuple):
 
 
 class CsvFile:
-    """The columns and rows of a CSV file, read from a binary file as one iterates."""
+    """The columns and rows of a CSV file, read from a binary file as one iterates.
 
-    def __init__(self, stream: IO[bytes], encoding: str | None = None) -> None:
+    *report* is called every some lines, the empty ones too; what it raises ends the reading.
+    """
+
+    def __init__(
+        self,
+        stream: IO[bytes],
+        encoding: str | None = None,
+        report: Callable[[], None] = lambda: None,
+    ) -> None:
         refuse_other_formats(stream)
         codec = codec_of(stream, encoding) if encoding else detect_encoding(stream)
         self.encoding = codec.removesuffix("-sig")
-        self._stream = stream
-        self._lines = Lines(stream, codec)
+        self._lines = Lines(stream, codec, report)
         sample = self._lines.peek()
         self.dialect = separator_line(sample) or detect_dialect(sample)
         if separator_line(sample):
             next(self._lines)
         self._reader = csv.reader(self._lines, **self.dialect)
         self.columns = self._header()
-
-    @property
-    def position(self) -> int:
-        """Bytes read so far."""
-        return self._stream.tell()
 
     def _header(self) -> list[str]:
         """Return the first row that is not empty, every name made present and unique."""
@@ -164,8 +167,9 @@ class Lines:
     What csv.reader iterates over: it takes as many lines as a row needs.
     """
 
-    def __init__(self, stream: IO[bytes], encoding: str) -> None:
+    def __init__(self, stream: IO[bytes], encoding: str, report: Callable[[], None]) -> None:
         stream.seek(0)
+        self._report = report
         self._text = io.TextIOWrapper(stream, encoding, errors="demo.undecodable", newline="")
         self._waiting: deque[str] = deque()
         self.row: list[str] = []
@@ -191,6 +195,8 @@ class Lines:
         self._read_lines += 1
         if len(line) > MAX_LINE:
             raise NotCsv(f"Line {self._read_lines:,} has more than {MAX_LINE:,} characters.")
+        if self._read_lines % LINES_OF_A_REPORT == 0:
+            self._report()
         return line
 
     def start_row(self) -> int:
@@ -292,7 +298,7 @@ def separator_line(lines: list[str]) -> dict[str, Any]:
 
 
 def detect_dialect(lines: list[str]) -> dict[str, Any]:
-    """Return the dialect that makes most rows as wide as the header; of equals, the widest."""
+    """Return the dialect in which the rows agree best."""
     dialects = (
         dict(zip(("skipinitialspace", "quotechar", "delimiter"), values, strict=True))
         for values in product((False, True), quotes_of(lines), DELIMITERS)
@@ -310,26 +316,33 @@ def quotes_of(lines: list[str]) -> str:
     return '"' if any(map(start.search, lines)) else QUOTES
 
 
-def agreement(lines: list[str], dialect: dict[str, Any]) -> tuple[float, int]:
-    """Return the share of rows that are as wide as the header, and that width."""
-    widths = list(widths_of(lines, dialect))
-    if not widths or widths[0] < 2:
+def agreement(lines: list[str], dialect: dict[str, Any]) -> tuple[float, int, int]:
+    """Return the share of rows that are as wide as the header; of equals, the better is greater.
+
+    The better cuts fewer quoted cells in two, which leaves half a pair of quotes in each part;
+    of equals again, it has more columns.
+    """
+    rows = list(rows_of(lines, dialect))
+    if not rows or len(rows[0]) < 2:
         return NO_AGREEMENT
-    return widths.count(widths[0]) / len(widths), widths[0]
+    width = len(rows[0])
+    share = sum(len(row) == width for row in rows) / len(rows)
+    cut = sum(cell.count(dialect["quotechar"]) % 2 for row in rows for cell in row)
+    return share, -cut, width
 
 
-def widths_of(lines: list[str], dialect: dict[str, Any]) -> Iterator[int]:
+def rows_of(lines: list[str], dialect: dict[str, Any]) -> Iterator[list[str]]:
     reader = csv.reader(lines, **dialect)
     while True:
         try:
             cells = next(reader, None)
         except csv.Error:
-            yield 0
+            yield []
             continue
         if cells is None:
             return
         if cells:
-            yield len(cells)
+            yield cells
 
 
 def counted(number: int, noun: str) -> str:
@@ -338,11 +351,10 @@ def counted(number: int, noun: str) -> str:
 
 def unique_names(names: list[str]) -> list[str]:
     """Return the names tidied: none is empty, none comes twice."""
-    seen: Counter[str] = Counter()
-    unique = []
+    unique: dict[str, None] = {}
     for number, name in enumerate(names, 1):
         name = " ".join(name.replace("\0", "").replace(UNDECODABLE, "?").split())
         name = name[:100] or f"column {number}"
-        seen[name] += 1
-        unique.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return unique
+        choices = chain([name], (f"{name} ({n})" for n in count(2)))
+        unique[next(choice for choice in choices if choice not in unique)] = None
+    return list(unique)

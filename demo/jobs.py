@@ -19,11 +19,14 @@ from pyramid_async import FileResult, OperationFailed, current_job
 from .csvfile import BrokenRow, CsvFile, NotCsv, counted
 from .models import Dataset, DatasetWriter
 
-ROWS_OF_A_REPORT = 200
+LONGEST_ECHO = 1000  # characters
+ECHO_SECONDS = 5.0
 
 
 def import_csv(dataset: Dataset, encoding: str | None = None) -> dict[str, int]:
     """Read the dataset's upload into its rows; broken rows are left out and listed."""
+    if dataset.upload is None:
+        raise OperationFailed("It was imported meanwhile.")
     # When an operator has a failed import run again, that is another job than the request knew.
     dataset.sid = current_job().sid or dataset.sid
     try:
@@ -37,20 +40,21 @@ def import_csv(dataset: Dataset, encoding: str | None = None) -> dict[str, int]:
 
 
 def read_upload(dataset: Dataset, encoding: str | None) -> None:
-    job = current_job()
-    writer = DatasetWriter(dataset)
+    job, writer = current_job(), DatasetWriter(dataset)
     # Mode c is the committed file itself, which no transaction has to look after.
     with dataset.upload.open("c") as stream:
         size = stream.seek(0, io.SEEK_END)
-        file = CsvFile(stream, encoding)
+
+        def report() -> None:
+            job.progress(stream.tell(), size, progress_message(dataset))
+
+        file = CsvFile(stream, encoding, report)
         dataset.columns, dataset.encoding = tuple(file.columns), file.encoding
-        for done, row in enumerate(file):
+        for row in file:
             if isinstance(row, BrokenRow):
                 writer.leave_out(row)
             else:
                 writer.add(tuple(row))
-            if done % ROWS_OF_A_REPORT == 0:
-                job.progress(file.position, size, progress_message(dataset))
     writer.finish()
 
 
@@ -88,11 +92,13 @@ def count_slowly(counter: Length, steps: int = 60, pause: float = 0.5) -> int:
     return counter()
 
 
-def echo(text: str, seconds: float = 5.0) -> str:
-    """Return the text, after a while."""
+def echo(text: str) -> str:
+    """Return the text, after a while. Anybody may call it, with anything that is JSON."""
+    if not isinstance(text, str) or len(text) > LONGEST_ECHO:
+        raise OperationFailed(f"What is echoed is a text of up to {LONGEST_ECHO:,} characters.")
     steps = 50
     for _ in current_job().track(range(steps), message="Thinking it over"):
-        time.sleep(seconds / steps)
+        time.sleep(ECHO_SECONDS / steps)
     return text
 
 

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from pyramid.config import Configurator
 from pyramid.csrf import get_csrf_token
-from pyramid.events import BeforeRender
+from pyramid.events import BeforeRender, NewRequest
 from pyramid.exceptions import BadCSRFToken
 from pyramid.httpexceptions import HTTPNotFound, HTTPSeeOther
 from pyramid.interfaces import IRoutesMapper
@@ -33,7 +33,6 @@ ROWS_OF_A_PAGE = 50
 LISTED_JOBS = 20
 DRAWN_JOBS = 12
 LONGEST_QUERY = 200  # characters
-LONGEST_ECHO = 1000  # characters
 
 STATUS_TEXTS = {
     "accepted": "waiting",
@@ -57,8 +56,35 @@ def includeme(config: Configurator) -> None:
     config.add_route("jobs", "/jobs")
     config.add_route("job", "/jobs/{sid}")
     config.add_route("cancel", "/jobs/{sid}/cancel", request_method="POST")
+    config.add_subscriber(read_form, NewRequest)
     config.add_subscriber(add_names, BeforeRender)
     config.scan(__name__)
+
+
+class DamagedForm(Exception):
+    """A form that cannot be read."""
+
+
+def read_form(event: NewRequest) -> None:
+    """Let what is wrong with a form be found here; WebOb keeps what it read."""
+    try:
+        token = event.request.POST.get("csrf_token", "")
+    # The last is how WebOb refuses what says that it is not UTF-8.
+    except (ValueError, LookupError, DeprecationWarning) as error:
+        raise DamagedForm from error
+    if not isinstance(token, str):
+        raise DamagedForm
+
+
+def text_field(request: Request, name: str) -> str:
+    """Return what a field holds, or "" where there is none, or a file."""
+    value = request.params.get(name)
+    return without_surrogates(value) if isinstance(value, str) else ""
+
+
+def without_surrogates(text: str) -> str:
+    """Return the text with a question mark for each; UTF-8 has none, so no page can."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def add_names(names: BeforeRender) -> None:
@@ -127,7 +153,8 @@ def sample_file(request: Request) -> Path:
 @view_config(route_name="upload")
 def upload(request: Request) -> HTTPSeeOther:
     file = request.POST.get("file")
-    if not hasattr(file, "file"):
+    # A text has no file, and in a part that is a form by itself it is None.
+    if getattr(file, "file", None) is None:
         return to_index(request, "Choose a file first.")
     dataset = add_dataset(request, file.filename, file.file)
     return start_import(request, dataset)
@@ -136,6 +163,7 @@ def upload(request: Request) -> HTTPSeeOther:
 def add_dataset(request: Request, name: str, stream: IO[bytes]) -> Dataset:
     """Keep the file as a blob: it crosses to the job as a reference, whatever its size."""
     blob = Blob()
+    stream.seek(0)  # an earlier attempt of pyramid_retry has read it
     with blob.open("w") as target:
         shutil.copyfileobj(stream, target, 1 << 20)
     dataset = Dataset(tidy_name(name), blob)
@@ -189,17 +217,19 @@ def show_dataset(request: Request) -> dict[str, Any]:
 
 
 def query_of(request: Request) -> str:
-    return request.params.get("q", "").strip()[:LONGEST_QUERY]
+    return text_field(request, "q").strip()[:LONGEST_QUERY]
 
 
 def page_number(request: Request) -> int:
-    text = request.params.get("page", "")
+    text = text_field(request, "page")
     return max(1, int(text)) if re.fullmatch("[0-9]{1,6}", text) else 1
 
 
 @view_config(route_name="export")
 def export(request: Request) -> HTTPSeeOther:
     dataset, query = request.context, query_of(request)
+    if not dataset.complete:
+        return to_index(request, f"{dataset.name} is not imported yet.")
     scheduler = request.scheduler.using(title=f"Export {dataset.name}")
     return to_job(request, scheduler.schedule(jobs.export_csv, dataset, query))
 
@@ -229,7 +259,7 @@ def start_count(request: Request) -> HTTPSeeOther:
 
 @view_config(route_name="start", match_param="name=echo")
 def start_echo(request: Request) -> HTTPSeeOther:
-    text = request.POST.get("text", "")[:LONGEST_ECHO]
+    text = text_field(request, "text")[: jobs.LONGEST_ECHO]
     return to_job(request, request.scheduler.using(title="Echo").schedule(jobs.echo, text))
 
 
@@ -262,12 +292,12 @@ def list_jobs(request: Request) -> dict[str, Any]:
 @view_config(route_name="job", renderer="templates/job.jinja2")
 def show_job(request: Request) -> dict[str, Any]:
     job = find_job(request)
-    successful_echo = job.process_id == "echo" and job.status == "successful"
+    echoed = job.process_id == "echo" and job.status == "successful"
     return {
         "job": job,
         "dataset": imported_by(request, job),
         "counter": request.catalogue.counter(),
-        "answer": request.scheduler.outcome(job.sid)[1] if successful_echo else None,
+        "answer": without_surrogates(request.scheduler.outcome(job.sid)[1]) if echoed else None,
     }
 
 
@@ -324,3 +354,9 @@ def damaged_address(error: UnicodeDecodeError, request: Request) -> dict[str, st
     """Answer for a query that is not UTF-8, which WebOb does not read."""
     request.response.status_int = 400
     return {"title": "Damaged address", "text": "What follows the question mark is not UTF-8."}
+
+
+@exception_view_config(DamagedForm, renderer="templates/message.jinja2")
+def damaged_form(error: DamagedForm, request: Request) -> dict[str, str]:
+    request.response.status_int = 400
+    return {"title": "Damaged form", "text": "The form cannot be read. Go back and send it again."}

@@ -20,10 +20,10 @@ import pytest
 import transaction
 from pyramid.paster import get_app
 from webtest import TestApp, Upload
+from ZODB.POSException import ConflictError
 
-from demo import models
+from demo import jobs, models
 from demo.csvfile import MAX_ROWS, BrokenRow, CsvFile, NotCsv
-from demo.jobs import count_slowly
 from demo.models import Catalogue, split_words
 from demo.sample import SAMPLE, write_sample
 from pyramid_async.interfaces import IScheduler
@@ -103,6 +103,13 @@ def test_commas_in_numbers_do_not_hide_the_semicolon():
     assert read(b"item;price;vat\nx;1,50;0,30\ny;2,75;0,50\n")[0] == ["item", "price", "vat"]
 
 
+def test_delimiter_within_quotes_does_not_hide_the_one_between_them():
+    content = b'Artikel;"Preis, netto"\nSchraube;"1,50"\nMutter;"2,30"\n'
+    columns, rows, _broken = read(content)
+    assert (columns, rows[0]) == (["Artikel", "Preis, netto"], ["Schraube", "1,50"])
+    assert read(b'"name","note;"\n"x","y;"\n')[:2] == (["name", "note;"], [["x", "y;"]])
+
+
 def test_quote_left_open_near_the_top_is_still_the_quote():
     _columns, rows, broken = read(b'a;b;c\n1;"open;3\n4;5;"6\n7"\n8;9;"0"\n')
     assert rows == [["4", "5", "6\n7"], ["8", "9", "0"]]
@@ -132,6 +139,8 @@ def test_line_ends_of_every_kind_and_in_cells_are_kept(end):
 
 def test_header_names_become_unique_and_none_is_empty():
     assert read(b" id ,,id,a\0b\n1,2,3,4\n")[0] == ["id", "column 2", "id (2)", "ab"]
+    assert read(b"a,a,a (2),a\n1,2,3,4\n")[0] == ["a", "a (2)", "a (2) (2)", "a (3)"]
+    assert read(b"{b},{b}\n1,2\n")[0] == ["{b}", "{b} (2)"]
 
 
 def test_broken_rows_are_told_by_number_and_the_rest_is_kept():
@@ -420,6 +429,58 @@ def test_upload_without_a_file_is_asked_for_one(client):
     assert "Choose a file first." in text_of(form.submit().follow())
 
 
+def test_upload_that_meets_a_conflict_is_stored_by_the_next_attempt(client, monkeypatch):
+    attempts = []
+
+    def add(catalogue, dataset, add=Catalogue.add):
+        add(catalogue, dataset)
+        attempts.append(dataset)
+        if len(attempts) == 1:
+            raise ConflictError
+
+    monkeypatch.setattr(Catalogue, "add", add)
+    page = client.finished(client.upload("people.csv", PEOPLE))
+    assert "2 rows are stored" in text_of(page)
+    assert len(attempts) == 2
+
+
+def test_dataset_without_rows_is_not_exported(client):
+    page = client.finished(client.upload("book.xlsx", b"PK\x03\x04...")).click("To the dataset")
+    fields = {"csrf_token": page.forms[0]["csrf_token"].value}
+    answer = client.post(page.request.path + "/export", fields, status=303).follow()
+    assert "book.xlsx is not imported yet." in text_of(answer)
+    assert len(client.get("/async").json["jobs"]) == 1
+
+
+@pytest.mark.parametrize("place", ["above the header", "below the header"])
+def test_import_of_empty_lines_reports_and_ends_when_it_is_cancelled(
+    client,
+    monkeypatch,
+    wait_for,
+    place,
+):
+    reached, go, messages = threading.Event(), threading.Event(), []
+
+    def message(dataset):
+        messages.append(dataset.rows_kept)
+        reached.set()
+        assert go.wait(20)
+        return "some"
+
+    monkeypatch.setattr(jobs, "progress_message", message)
+    lines = [b"\n" * 10_000, b"a,b\n"]
+    page = client.upload(
+        "empty.csv", b"".join(lines if place == "above the header" else lines[::-1])
+    )
+    wait_for(reached)
+    sid = client.url_of(page).rpartition("/")[2]
+    client.press(client.get(page.request.path_qs), f"/jobs/{sid}/cancel")
+    go.set()
+    executor = client.app.registry.getUtility(IScheduler).executor
+    wait_for(lambda: not executor.held)
+    assert messages == [0]
+
+
 @pytest.fixture
 def half_way(monkeypatch):
     """Imports stop after their first savepoint, until they are let go."""
@@ -490,7 +551,7 @@ def test_cancelled_count_does_not_move_the_counter(client, wait_for):
 def test_count_that_ends_adds_to_the_counter(db):
     connection = db.open()
     connection.root()["demo"] = catalogue = Catalogue()
-    assert count_slowly(catalogue.counter, steps=3, pause=0) == 3
+    assert jobs.count_slowly(catalogue.counter, steps=3, pause=0) == 3
 
 
 def test_failure_with_a_reason_is_shown(client):
@@ -527,6 +588,73 @@ def test_query_that_is_not_utf_8_is_refused(client):
     assert "not UTF-8" in text_of(client.get(dataset + "?q=%ff", status=400))
 
 
+def part(name, text="x", head="", filename=""):
+    """Return one part of a form that a program made."""
+    named = f'; filename="{filename}"' if filename else ""
+    return (
+        f'--limit\r\nContent-Disposition: form-data; name="{name}"{named}\r\n{head}\r\n{text}\r\n'
+    )
+
+
+def post_parts(client, address, *parts, token=None, **kw):
+    token = token or client.get("/").forms[0]["csrf_token"].value
+    body = part("csrf_token", token) + "".join(parts) + "--limit--\r\n"
+    return client.post(address, body, {"Content-Type": "multipart/form-data; boundary=limit"}, **kw)
+
+
+def test_file_in_place_of_a_text_is_no_text(client):
+    dataset = client.imported("people.csv", PEOPLE)
+    for field in ("q", "page"):
+        page = post_parts(client, dataset, part(field, filename="x.txt"), status=200)
+        assert "Rows 1 to 2 of 2." in text_of(page)
+    query = part("q", filename="x.txt")
+    post_parts(client, "/characters", query, status=200)
+    post_parts(client, dataset + "/export", query, status=303)
+    post_parts(client, "/start/echo", part("text", filename="x.txt"), status=303)
+
+
+def test_text_that_utf_8_has_not_is_searched_without_it(client):
+    dataset = client.imported("people.csv", PEOPLE)
+    query = part("q", r"\ud800", "Content-Type: text/plain; charset=unicode-escape\r\n")
+    assert "No row matches." in text_of(post_parts(client, dataset, query))
+
+
+def test_form_within_a_form_is_no_file(client):
+    head = "Content-Type: multipart/mixed; boundary=inner\r\n"
+    file = part("file", "--inner--", head, filename="x.csv")
+    assert "Choose a file first." in text_of(post_parts(client, "/upload", file).follow())
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        "multipart/form-data",
+        "application/x-www-form-urlencoded; charset=foo",
+        "application/x-www-form-urlencoded; charset=utf-16",
+    ],
+)
+@pytest.mark.parametrize("address", ["/start/echo", "/upload", "/nothing"])
+def test_form_that_cannot_be_read_is_refused_with_a_page(client, content_type, address):
+    token = client.get("/").forms[0]["csrf_token"].value
+    headers = {"Content-Type": content_type}
+    page = client.post(address, f"csrf_token={token}&text=x", headers, status=400)
+    assert "cannot be read" in text_of(page)
+    # This one is looked at before the form is.
+    client.post(address, "text=x", {**headers, "X-CSRF-Token": token}, status=400)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        part("csrf_token", filename="x.txt"),
+        part("text", head="Content-Type: text/plain; charset=foo\r\n"),
+        part("text", "x", "Content-Type: text/plain; charset=utf-16\r\n"),
+    ],
+)
+def test_part_of_a_form_that_cannot_be_read_is_refused_with_a_page(client, odd):
+    assert "cannot be read" in text_of(post_parts(client, "/start/echo", odd, status=400))
+
+
 EVIL = '<b onclick="x">&amp;"\'{{7*7}}'
 
 
@@ -554,6 +682,42 @@ def test_pages_work_without_script(client):
     page = client.press(client.get("/"), "/start/count")
     assert 'http-equiv="refresh"' in str(page.html.find("noscript"))
     assert page.html.find("progress")
+
+
+STOPPED = """
+import os, signal, sys, time
+from pathlib import Path
+from test_demo import Client
+client = Client(Path(sys.argv[1]))
+page = client.press(client.get("/"), "/start/echo")
+while client.get(client.url_of(page)).json["status"] != "running":
+    time.sleep(0.01)
+print(client.url_of(page).rpartition("/")[2], flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(20)
+"""
+
+
+@pytest.mark.slow
+def test_server_that_is_stopped_gives_its_jobs_back(folder):
+    path = os.pathsep.join(map(str, (CHECKOUT, CHECKOUT / "tests")))
+    ended = subprocess.run(
+        [sys.executable, "-c", STOPPED, folder],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert "Traceback" not in ended.stderr
+    settings = folder / "development.ini"
+    text = settings.read_text("utf-8").replace("[app:main]", "[app:main]\nasync.workers = 0")
+    settings.write_text(text, "utf-8")
+    client = Client(folder)
+    try:
+        scheduler = client.app.registry.getUtility(IScheduler)
+        job = scheduler.transact(lambda own: own.status(ended.stdout.strip()))
+        assert (job.status, job.attempts) == ("accepted", 0)
+    finally:
+        client.close()
 
 
 @pytest.mark.slow

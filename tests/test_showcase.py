@@ -119,6 +119,26 @@ def test_page_of_another_origin_calls_by_json_rpc_without_cookie_or_token(client
     assert job.json["result"] == "Hello"
 
 
+@pytest.mark.parametrize("text", ["x" * (jobs.LONGEST_ECHO + 1), ["x"], 5, None])
+def test_what_is_no_text_or_a_long_one_is_not_echoed(client, quick, text):
+    job = call(client, "echo", {"text": text}).json["result"]
+    outcome = client.get(f"/async/{job['jobID']}?wait=20").json
+    assert outcome["status"] == "failed"
+    assert "up to 1,000 characters" in str(outcome)
+
+
+def test_nobody_says_how_long_an_echo_takes(client):
+    answer = call(client, "echo", {"text": "x", "seconds": 1e9})
+    assert answer.json["error"]["message"] == "Invalid params"
+
+
+def test_echo_of_what_utf_8_has_not_is_shown_without_it(client, quick):
+    client.reset()
+    sid = call(client, "echo", {"text": "a\ud800b"}).json["result"]["jobID"]
+    client.get(f"/async/{sid}?wait=20")
+    assert client.get(f"/jobs/{sid}").html.find("q").text == "a?b"
+
+
 def test_other_origins_and_other_operations_are_refused(client):
     answer = call(client, "echo", {"text": ""}, "http://evil.example")
     assert "Access-Control-Allow-Origin" not in answer.headers
@@ -278,12 +298,27 @@ def test_import_that_is_retried_leads_to_its_dataset(client, monkeypatch):
         patch.setattr(jobs, "CsvFile", None)
         failed = client.finished(client.upload("people.csv", PEOPLE))
     assert "Something went wrong." in text_of(failed)
-    sid = client.url_of(failed).rpartition("/")[2]
+    assert "2 rows are stored." in text_of(retried(client, failed))
+
+
+def test_import_that_is_retried_after_another_one_is_refused(client, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "CsvFile", None)
+        failed = client.finished(client.upload("people.csv", PEOPLE))
+    dataset = failed.click("To the dataset")
+    client.finished(client.press(dataset, dataset.request.path + "/import"))
+    assert "It was imported meanwhile." in text_of(retried(client, failed))
+    assert "2 rows" in text_of(client.get(dataset.request.path))
+
+
+def retried(client, page):
+    """Let an operator retry the job of a page; return the page of the new one in the end."""
+    sid = client.url_of(page).rpartition("/")[2]
     scheduler = client.app.registry.getUtility(IScheduler)
     again = scheduler.transact(lambda own: own.retry(sid))
     scheduler.executor.wake(True, again)
     assert client.get(f"/async/{again}?wait=20").json["done"]
-    assert "2 rows are stored." in text_of(client.get(f"/jobs/{again}"))
+    return client.get(f"/jobs/{again}")
 
 
 def test_role_cannot_be_forged(client):
