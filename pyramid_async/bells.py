@@ -1,17 +1,20 @@
-"""The bells of Celery workers: messages with a job's id and nothing else, and who sends them."""
+"""The bells of Celery workers: messages with a job's id and nothing else; who sends, who takes."""
 
 from __future__ import annotations
 
 import logging
 import queue
+import struct
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from uuid import uuid4
 
 import click
 from celery import Celery
 from kombu import Producer
+from kombu.utils.imports import symbol_by_name
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +22,9 @@ log = logging.getLogger(__name__)
 # else has heard of it; whoever answers the second claims it first.
 BELL = "pyramid_async.bell"
 AGAIN = "pyramid_async.again"
+
+# What Celery's messages may name besides: other tasks that the worker would send on.
+LINKS = {"callbacks", "errbacks", "chain", "chord"}
 
 # Longest time that publishing may wait for a broker, seconds.
 BROKER_TIMEOUT = 1.0
@@ -95,6 +101,7 @@ class Bells:
         self._connection: Any = None
         self._producer: Any = None  # of that connection
         self._declared: set[str] = set()  # queues, by that connection
+        self._refused: dict[str, float] = {}  # queue -> when the broker refused it, monotonic
         self._unconfirmed: list[Ring] = []  # taken since the broker answered
         self._confirmed = 0.0  # when it did, monotonic
         self._thread = threading.Thread(target=self._work, name="pyramid_async-bells", daemon=True)
@@ -181,13 +188,45 @@ class Bells:
     def _send(self, rings: list[Ring]) -> None:
         """Publish bells, and ask the broker about them now and then."""
         for ring in rings:
-            if ring.unless_others_wait and self._others_wait(ring):
-                self._rung.pop(ring.sid, None)
-            else:
-                self._passed_over.pop(ring.sid, None)
-                self._publish(ring)
+            if time.monotonic() - self._refused.get(ring.queue, -PAUSE) < PAUSE:
+                continue  # it stays noted as rung, so recovery does not ask at each look
+            try:
+                self._send_one(ring)
+            except Exception as error:
+                if not self._is_refusal(error):
+                    raise
+                self._refuse(ring, error)
         if not rings or time.monotonic() - self._confirmed >= CONFIRM:
             self._confirm()
+
+    def _send_one(self, ring: Ring) -> None:
+        if ring.unless_others_wait and self._others_wait(ring):
+            self._rung.pop(ring.sid, None)
+        else:
+            self._passed_over.pop(ring.sid, None)
+            self._publish(ring)
+
+    def _is_refusal(self, error: Exception) -> bool:
+        """Say whether the broker is there and takes other bells.
+
+        Where RabbitMQ closed the channel, the client has opened it again.
+        """
+        if self._connection is None:
+            return False
+        # The client finds out by itself that a name is too long for the protocol.
+        return isinstance(error, (struct.error, *self._connection.channel_errors))
+
+    def _refuse(self, ring: Ring, error: Exception) -> None:
+        if len(self._refused) > self.most:
+            self._refused.clear()
+        self._refused[ring.queue] = time.monotonic()
+        log.warning(
+            "the broker refuses the queue %r of job %r, whose bells are left out for %d s: %r",
+            ring.queue,
+            ring.sid,
+            PAUSE,
+            error,
+        )
 
     def _publish(self, ring: Ring) -> None:
         """Send a message of Celery's protocol 2, with what that demands.
@@ -295,6 +334,14 @@ def listen(url: str, queue_name: str) -> None:
     )
 
 
+def broker_given() -> bool:
+    """Say whether the command line has -b, which Celery passes on as an environment variable."""
+    command = click.get_current_context().parent
+    return command is not None and (
+        command.get_parameter_source("broker") is click.core.ParameterSource.COMMANDLINE
+    )
+
+
 def time_outs(url: str, seconds: float) -> dict[str, Any]:
     """Return the options of a connection on which no answer is waited for any longer."""
     names = ["read_timeout", "write_timeout"]
@@ -302,3 +349,49 @@ def time_outs(url: str, seconds: float) -> dict[str, Any]:
         # It has no heartbeat: the client asks in its place.
         names = ["socket_timeout", "socket_connect_timeout", "health_check_interval"]
     return dict.fromkeys(names, seconds)
+
+
+# -- who takes them
+
+
+def take_bells_alone(consumer: Any) -> Any:
+    """Return a class like Celery's consumer, or its dotted name, that refuses what is no bell.
+
+    Celery ends the worker at some malformed messages, and the next worker at the same one.
+    """
+    consumer = symbol_by_name(consumer)
+
+    def create_task_handler(self: Any, *args: Any, **kw: Any) -> Callable[[Any], None]:
+        return bells_alone(consumer.create_task_handler(self, *args, **kw))
+
+    attributes = {"create_task_handler": create_task_handler, "__module__": consumer.__module__}
+    return type(consumer.__name__, (consumer,), attributes)
+
+
+def bells_alone(handle: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """Return a function that hands bells on, with none of the headers that Celery would obey."""
+
+    def receive(message: Any) -> None:
+        try:
+            headers = headers_of_bell(message)
+        except Exception as error:
+            log.warning("a message that is no bell is refused: %.200r", error)
+            message.reject_log_error(log, (Exception,))
+        else:
+            message.headers = headers
+            handle(message)
+
+    return receive
+
+
+def headers_of_bell(message: Any) -> dict[str, str]:
+    """Return the headers that a bell must have, or raise an error."""
+    args, kw, embedded = message.payload
+    task, number = message.headers["task"], message.headers["id"]
+    if task not in (BELL, AGAIN) or not isinstance(number, str):
+        raise ValueError(task, number)
+    if not isinstance(args, list) or len(args) != 1 or kw != {}:
+        raise ValueError(args, kw)
+    if not embedded.keys() <= LINKS or any(embedded.values()):
+        raise ValueError(embedded)
+    return {"lang": "py", "task": task, "id": number}

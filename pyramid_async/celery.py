@@ -35,7 +35,7 @@ from zope.interface import implementer
 
 from .application import close_applications
 from .attempt import end as end_transaction
-from .bells import AGAIN, BELL, Bells, app, listen
+from .bells import AGAIN, BELL, Bells, app, broker_given, listen, take_bells_alone
 from .interfaces import IExecutor, IExecutorFactory, IScheduler
 from .jobs import FRESH
 from .prefork import Signals
@@ -230,6 +230,7 @@ class Site:
 
     def __init__(self) -> None:
         self.ini: str | None = None
+        self.broker_given = False  # on the command line
         self._failed: Any = None  # one byte that the pool's processes share
         self._lock = threading.Lock()
         self._executor: CeleryExecutor | None = None
@@ -267,7 +268,8 @@ class Site:
         if listens_elsewhere(scheduler.settings):
             raise ConfigurationError(
                 "the application has another async.celery.broker or async.celery.queue than its"
-                " file, which the worker listens to: set them there; name the application's section"
+                " file, or than CELERY_BROKER_URL in the environment, which the worker listens to:"
+                " set them in the file; unset CELERY_BROKER_URL; name the application's section"
                 " where it is not main (--ini FILE#section); or give the worker -b and -Q"
             )
         return scheduler.executor
@@ -303,14 +305,14 @@ site = Site()
 
 def listens_elsewhere(settings: dict[str, Any]) -> bool:
     """Say whether the worker hears no bells of the application; its options are believed."""
-    broker = os.environ.get("CELERY_BROKER_URL")  # so Celery passes -b on
     queues = [*app.amqp.queues.consume_from]
-    return (not broker and app.conf.broker_url != settings["celery.broker"]) or (
+    return (not site.broker_given and app.conf.broker_url != settings["celery.broker"]) or (
         queues == [app.conf.task_default_queue] != [settings["celery.queue"]]
     )
 
 
-@app.task(name=BELL, ignore_result=True, bind=True)
+# Shared, they would be tasks of every Celery application in the process.
+@app.task(name=BELL, ignore_result=True, bind=True, shared=False)
 def bell(task: Any, sid: str) -> None:
     """Run the job, if there is one and nobody has it.
 
@@ -319,7 +321,7 @@ def bell(task: Any, sid: str) -> None:
     site.answer(sid, again=task.request.delivery_info.get("redelivered", False))
 
 
-@app.task(name=AGAIN, ignore_result=True)
+@app.task(name=AGAIN, ignore_result=True, shared=False)
 def again(sid: str) -> None:
     """Claim the job, if there is one and nobody has it, and run it."""
     site.answer(sid, again=True)
@@ -331,10 +333,11 @@ def refuse(why: str) -> NoReturn:
 
 
 @signals.user_preload_options.connect(weak=False)
-def read_ini(options: dict[str, Any], **_: Any) -> None:
+def read_ini(options: dict[str, Any], **sent: Any) -> None:
     """In the parent process: read the settings alone; no database is opened before the fork."""
-    if options.get("ini"):
+    if sent["app"] is app and options.get("ini"):
         site.ini = options["ini"]
+        site.broker_given = broker_given()
         try:
             settings = read_settings(get_appsettings(site.ini))
         except Exception as error:
@@ -351,7 +354,10 @@ def set_up_logging(**_: Any) -> None:
 
 @signals.worker_init.connect(weak=False)
 def begin(sender: Any, **_: Any) -> None:
+    if sender.app is not app:
+        return  # an application's own Celery, which schedules jobs and runs none
     site.begin()
+    sender.consumer_cls = take_bells_alone(sender.consumer_cls)
     signals_of_celery.soft, signals_of_celery.hard = sender.soft_time_limit, sender.time_limit
     if "prefork" in str(sender.pool_cls):
         return  # its children send worker_process_init
@@ -385,7 +391,8 @@ def tell_at_cold_shutdown(worker: Any) -> None:
 
 @signals.worker_process_init.connect(weak=False)
 def begin_process(**_: Any) -> None:
-    site.make()
+    if site.concurrency:
+        site.make()
 
 
 @signals.worker_process_shutdown.connect(weak=False)

@@ -26,10 +26,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from uuid import uuid4
 
+import click
 import pytest
 import transaction
 import webapp
 from bare import Clock
+from celery.bin.celery import celery as celery_command
 from crash.executors import BROKERS, remove_queue
 from kombu.serialization import registry
 from pyramid.exceptions import ConfigurationError
@@ -442,6 +444,37 @@ def test_a_bell_that_was_dropped_may_be_rung_again(caplog):
     ringer.stop(5)
 
 
+def test_a_queue_that_the_broker_refuses_keeps_no_other_bell_waiting(broker, caplog, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(bells, "time", SimpleNamespace(monotonic=clock))
+    ringer, asked = Bells(broker, uuid4().hex, 2), []
+    declare = ringer._declare
+
+    def refuse(name):
+        count = declare(name)
+        if "refused" in name:
+            asked.append(name)
+            raise struct.error("too long")
+        return count
+
+    ringer._declare = refuse
+
+    def ring(*names):
+        for name in names:
+            ringer.ring(f"{name:f>32}", name, AGAIN, unless_others_wait=True)
+            assert ringer._next()
+
+    ring("refused", "refused", "refused", ringer.default_queue)
+    assert asked == ["refused"]
+    assert len(messages(ringer.default_queue, broker)) == 1
+    assert ringer.rung(f"{'refused':f>32}")  # so recovery asks later
+    assert caplog.text.count("the broker refuses the queue 'refused' of job ") == 1
+    clock.now += bells.PAUSE
+    ring("refused", *(f"refused {number}" for number in range(9)))
+    assert asked[:2] == ["refused"] * 2
+    assert 0 < len(ringer._refused) <= 3
+
+
 @pytest.mark.parametrize("found", ["unheard of", "due", "lost"])
 def test_who_answers_may_skip_the_claim_of_none_but_a_new_job(found, broker):
     with client(broker) as web:
@@ -551,6 +584,120 @@ def test_whoever_can_write_to_the_broker_reaches_the_bells():
     assert module.app.conf.accept_content == ["json"]
     assert module.app.conf.task_ignore_result
     assert not module.app.conf.task_acks_late
+
+
+# Messages that are no bells: body and headers, None where these are a bell's.
+NO_BELLS = {
+    "no id": (None, {"task": BELL}),
+    "an id that is a table": (None, {"task": BELL, "id": {"a": 1}}),
+    "another task": (None, {"task": "celery.backend_cleanup", "id": "x"}),
+    "a task that is a list": (None, {"task": [BELL], "id": "x"}),
+    "a short body": ([1], None),
+    "a number": (0, None),
+    "an object": ({"args": 1, "kwargs": 2, "task": 3}, None),
+    "no sid": ([[], {}, {}], None),
+    "a text for the arguments": (["f", {}, {}], None),
+    "keywords": ([["f" * 32], {"again": True}, {}], None),
+    "links in a list": ([["f" * 32], {}, [1]], None),
+    "another task to call": ([["f" * 32], {}, {"callbacks": [{"task": "other"}]}], None),
+    "something else for the task": ([["f" * 32], {}, {"delivery_info": None}], None),
+    "protocol 1": ({"task": BELL, "id": "x", "args": ["f" * 32], "kwargs": {}}, {}),
+    "protocol 1 without an id": ({"task": BELL}, {}),
+}
+
+
+def forge(connection, queue, body=None, headers=None):
+    """Send what anybody can who may write to the broker."""
+    connection.Producer().publish(
+        [["f" * 32], {}, {}] if body is None else body,
+        routing_key=queue,
+        headers={"task": BELL, "id": "x"} if headers is None else headers,
+        serializer="json",
+    )
+
+
+def passed_on(connection, queue):
+    """Return the message that a worker passes on to Celery, or None: it refused it."""
+    passed = []
+    consumer = type("Consumer", (), {"create_task_handler": lambda self: passed.append})
+    with closing(connection.SimpleQueue(queue)) as box:
+        message = box.get(timeout=5)
+        bells.take_bells_alone(consumer)().create_task_handler()(message)
+        assert message.acknowledged == (not passed)
+        message.acknowledged or message.ack()
+    return passed[0] if passed else None
+
+
+@pytest.mark.parametrize("what", NO_BELLS)
+def test_a_message_that_is_no_bell_is_refused(what, broker, caplog):
+    queue = uuid4().hex
+    with connect(broker) as connection:
+        forge(connection, queue, *NO_BELLS[what])
+        assert passed_on(connection, queue) is None
+    [record] = caplog.records
+    assert "a message that is no bell is refused: " in record.getMessage()
+    assert len(record.getMessage()) < 250
+
+
+def test_nothing_but_its_name_and_id_is_obeyed_of_a_bell(broker):
+    others = {"timelimit": [None, 1], "eta": "9999-12-31", "expires": "abc", "group": "g"}
+    queue = uuid4().hex
+    with connect(broker) as connection:
+        forge(connection, queue, None, {"task": AGAIN, "id": "x", "retries": 9, **others})
+        message = passed_on(connection, queue)
+    assert message.headers == {"lang": "py", "task": AGAIN, "id": "x"}
+
+
+def test_the_bells_that_are_sent_here_and_those_of_celery_pass(broker):
+    ringer, queue = Bells(broker, "queue", 10), uuid4().hex
+    ringer._pass_on([Ring("a" * 32, queue, BELL, False), Ring("b" * 32, queue, AGAIN, False)])
+    with connect(broker) as connection:
+        bell.apply_async(("c" * 32,), queue=queue, connection=connection)
+        passed = [passed_on(connection, queue) for _ in range(3)]
+    assert [message.payload[0] for message in passed] == [["a" * 32], ["b" * 32], ["c" * 32]]
+    assert [message.headers["task"] for message in passed] == [BELL, AGAIN, BELL]
+
+
+@pytest.mark.parametrize(("options", "given"), [(["-b", REDIS], True), ([], False)])
+def test_an_option_is_told_from_the_environment(options, given, monkeypatch):
+    for name in ("BROKER_URL", "CELERY_BROKER_URL"):
+        monkeypatch.setenv(name, RABBITMQ)
+    general = celery_command.make_context("celery", [*options, "worker"])
+    with click.Context(click.Command("worker"), parent=general):
+        assert bells.broker_given() is given
+
+
+OWN = """
+import os, signal
+import click
+from celery import Celery, signals
+import pyramid_async.celery
+
+app = Celery("own", broker="memory://")
+app.user_options["preload"].add(click.Option(("--ini",)))
+
+@signals.worker_ready.connect
+def end(sender, **_):
+    print(sorted(name for name in app.tasks if not name.startswith("celery.")))
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pool", ["prefork", "solo"])
+def test_a_celery_application_of_ones_own_is_left_alone(pool, tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    options = ["-P", pool, "-c", "1", "--ini", "one of its own"]
+    run = subprocess.run(
+        [sys.executable, "-m", "celery", "-A", "own", "worker", *options],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "C_FORCE_ROOT": "1"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert (run.returncode, "pyramid_async" in run.stderr) == (0, False), run.stderr
+    assert "] []\n" in run.stderr  # it has no task of ours either
 
 
 def test_a_worker_waits_for_its_broker_without_end():
@@ -992,6 +1139,30 @@ def test_a_new_connection_makes_the_queue_anew():
 
 
 @services
+@pytest.mark.parametrize("name", ["amq.reports", "x" * 300, "with other arguments"])
+def test_a_queue_that_rabbitmq_refuses_keeps_no_other_bell_waiting(name, caplog):
+    good, bad = (f"test-{uuid4().hex}" for _ in range(2))
+    with connect(RABBITMQ) as connection:
+        connection.default_channel.queue_declare(
+            bad, durable=True, auto_delete=False, arguments={"x-max-length": 7}
+        )
+    ringer = Bells(RABBITMQ, good, 100)
+    for number in range(10):
+        ringer.ring(f"{number:032}", bad if "other" in name else name, BELL)
+        ringer.ring(f"{number:a>32}", good, BELL)
+    ringer.start()
+    begun = time.monotonic()
+    until(ringer._waiting.empty)
+    ringer.stop(5)
+    assert time.monotonic() - begun < bells.BROKER_TIMEOUT
+    assert len(messages(good, RABBITMQ)) == 10
+    assert caplog.text.count("the broker refuses the queue") == 1
+    assert "bells were dropped" not in caplog.text
+    for queue in (good, bad):
+        remove_queue(queue, RABBITMQ)
+
+
+@services
 @slow
 @pytest.mark.parametrize(
     ("broker", "storage", "pool"),
@@ -1041,6 +1212,31 @@ def test_doubled_purged_and_forged_messages_change_nothing(deploy):
     (site.directory / "go").touch()
     web.ended_well(*lost, *waiting)
     assert worker.poll() is None
+
+
+@services
+@slow
+@pytest.mark.parametrize(("broker", "pool"), [(RABBITMQ, "prefork"), (REDIS, "threads")])
+def test_forged_messages_end_no_worker_and_fail_no_job(broker, pool, deploy):
+    site = deploy("zeo", broker)
+    web = site.web()
+    sid = web.sell(directory=site.directory)
+    until(lambda: messages(site.queue, broker))  # which takes it away
+    with connect(broker) as connection:
+        for number, limit in enumerate(([None, 0.5], [0.5, None], "abc")):
+            headers = {"task": BELL, "id": str(number), "timelimit": limit, "expires": "abc"}
+            forge(connection, site.queue, [[sid], {}, {}], headers)
+        worker = site.worker("-P", pool)
+        run_by(site.directory, sid)
+        for body, headers in NO_BELLS.values():
+            forge(connection, site.queue, body, headers)
+    waiting = web.sell()
+    time.sleep(1)  # longer than the limits
+    (site.directory / "go").touch()
+    web.ended_well(sid, waiting)
+    assert web.status(sid).attempts == 1
+    assert worker.poll() is None
+    assert site.log(worker.log).count("is no bell is refused") == len(NO_BELLS)
 
 
 def length(connection, queue):
@@ -1353,6 +1549,20 @@ def test_a_worker_that_is_set_up_wrongly_ends_and_says_why(what, deploy):
     worker = site.worker(wait=False)
     assert worker.wait(20) == 1
     assert reason in site.log(worker.log)
+
+
+@services
+@slow
+def test_a_worker_that_the_environment_sends_to_another_broker_ends_and_says_why(
+    deploy, monkeypatch
+):
+    site = deploy("ram")
+    site.edit("production.ini", {"zconfig://%(here)s/zodb.conf": "memory://"})
+    monkeypatch.setenv("CELERY_BROKER_URL", REDIS)
+    worker = site.worker(wait=False)
+    assert worker.wait(20) == 1
+    assert "CELERY_BROKER_URL in the environment" in site.log(worker.log)
+    site.worker("-P", "solo", general=["-b", RABBITMQ])  # which it is told to its face
 
 
 @services

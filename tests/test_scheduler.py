@@ -1199,6 +1199,8 @@ BAD_OPTIONS = [
     dict(max_attempts=1.5),
     dict(max_attempts=True),
     dict(queue=""),
+    dict(queue="amq.reports"),  # RabbitMQ keeps these to itself
+    dict(queue="ä" * 128),
 ]
 
 
