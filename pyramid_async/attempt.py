@@ -92,7 +92,10 @@ TRUE_ERRORS = (TransientError, AsyncError, *LASTING)
 
 
 def storage_at_work(step: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Decorator: turn what a storage raises (a lost backend, no memory) into Unreliable."""
+    """Decorator: turn what a storage raises (a lost backend, no memory) into Unreliable.
+
+    Or into Passing, where its data manager knows the error.
+    """
 
     @wraps(step)
     def call(attempt: Any) -> None:
@@ -101,7 +104,8 @@ def storage_at_work(step: Callable[[Any], None]) -> Callable[[Any], None]:
         except TRUE_ERRORS:
             raise
         except Exception as error:
-            raise Unreliable(repr(error)) from error
+            kind = Passing if attempt.may_pass(error) else Unreliable
+            raise kind(repr(error)) from error
 
     return call
 
@@ -155,7 +159,7 @@ class Attempt:
         except Exception as error:
             if self.unread is not None:
                 raise Unreliable(repr(self.unread)) from error
-            if self._may_pass(error):
+            if self.may_pass(error):
                 raise Passing(repr(error)) from error
             raise
         finally:
@@ -215,7 +219,8 @@ class Attempt:
         self._read()
         job, record = self.job, self.record
         if record is None or not record.belongs_to(job.holder, job.signature):
-            dismissed = record is not None and record.status == DISMISSED
+            # By itself perhaps, in this very transaction.
+            dismissed = record is None or record.status == DISMISSED
             kind = JobDismissed if dismissed else JobTaken
             raise kind(f"job {job.sid!r} was dismissed or is another worker's")
         if record.status == ACCEPTED:
@@ -251,7 +256,8 @@ class Attempt:
             raise Unreliable(repr(self.unread)) from self.unread
         self.surroundings.tm.commit()
 
-    def _may_pass(self, error: Exception) -> bool:
+    def may_pass(self, error: Exception) -> bool:
+        """Ask the data managers whether the next attempt may succeed; before the abort."""
         txn = manager_itself(self.surroundings.tm)._txn
         return txn is not None and bool(txn.isRetryableError(error))
 

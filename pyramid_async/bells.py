@@ -14,6 +14,7 @@ from uuid import uuid4
 import click
 from celery import Celery
 from kombu import Producer
+from kombu.exceptions import ChannelError
 from kombu.utils.imports import symbol_by_name
 
 log = logging.getLogger(__name__)
@@ -211,10 +212,9 @@ class Bells:
 
         Where RabbitMQ closed the channel, the client has opened it again.
         """
-        if self._connection is None:
-            return False
-        # The client finds out by itself that a name is too long for the protocol.
-        return isinstance(error, (struct.error, *self._connection.channel_errors))
+        # The client finds out by itself that a name is too long for the protocol.  Redis refuses
+        # no queue: what it answers is wrong with the whole server.
+        return isinstance(error, (struct.error, ChannelError))
 
     def _refuse(self, ring: Ring, error: Exception) -> None:
         if len(self._refused) > self.most:

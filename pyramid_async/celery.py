@@ -105,10 +105,10 @@ class CeleryExecutor:
             if self._pid == os.getpid() or self.stopped.is_set():
                 return
             self.bells = self.make_bells()
-            self.bells.start()
             if self.recovery is not None and self.workers:
                 # A worker finds lost jobs by itself; without one nothing could run them.
                 self.recovery.start()
+            self.bells.start()
             self._pid = os.getpid()
             atexit.register(self.stop)
 

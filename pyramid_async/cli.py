@@ -60,8 +60,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def discard_output() -> None:
-    """Let what is still buffered go nowhere, where it failed to go before."""
-    with suppress(OSError, ValueError):  # there may be no file
+    """Write what is still buffered; let it go nowhere, where that fails."""
+    try:
+        sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

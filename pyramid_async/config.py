@@ -28,6 +28,7 @@ from .requests import RequestSurroundings, origin_of
 from .scheduler import Caller, Operation, RequestIds, Scheduler
 from .settings import BadSetting, read_settings
 from .threads import ThreadExecutor, exit_on_sigterm
+from .waiting import note_transaction
 from .worker import Worker
 from .zodb import OpenedBeforeFork, ZodbStore
 
@@ -47,7 +48,7 @@ def setup(config: Any) -> None:
     if config.registry.settings.get("async.executor") == "celery":
         config.include("pyramid_async.celery")
     # Above Pyramid's exception views, pyramid_tm and what else may open the ZODB.
-    config.add_tween("pyramid_async.config.fork_tween_factory")
+    config.add_tween("pyramid_async.config.outer_tween_factory")
     config.add_directive("add_operation", add_operation)
     config.add_directive("add_application", add_application)
     config.add_request_method(request_scheduler, "scheduler", reify=True)
@@ -182,21 +183,20 @@ def will_fork() -> bool:
     return uwsgi.worker_id() == 0 and bool(uwsgi.masterpid() or uwsgi.numproc > 1)
 
 
-def fork_tween_factory(handler: Any, registry: Any) -> Any:
+def outer_tween_factory(handler: Any, registry: Any) -> Any:
     """Refuse every request of a child whose parent opened the ZODB, before its code uses it.
 
-    For servers that `will_fork` does not know.
+    For servers that `will_fork` does not know.  Also note whose the transaction is.
     """
     store = registry.getUtility(IScheduler).store
-    if not isinstance(store, ZodbStore):
-        return handler
 
-    def refuse_after_fork(request: Any) -> Any:
-        if store.pid != os.getpid():
+    def outer_tween(request: Any) -> Any:
+        if isinstance(store, ZodbStore) and store.pid != os.getpid():
             raise OpenedBeforeFork(store.pid, os.getpid())
+        note_transaction(request)
         return handler(request)
 
-    return refuse_after_fork
+    return outer_tween
 
 
 def enlarge_pools(registry: Any, workers: int) -> None:

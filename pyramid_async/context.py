@@ -290,8 +290,7 @@ def dumps(value: Any, connection: Any, tm: Any = None) -> tuple[bytes, list[Any]
     what cannot be pickled or loaded.
     """
     body, objects = _pickled(value, connection)
-    if not isinstance(value, BaseException):  # the new objects of what failed are no effects
-        _give_oids(objects, tm, connection)
+    _give_oids(objects, tm, connection)
     references = tuple(astuple(_reference(obj, connection.db())) for obj in objects)
     data = pickle.dumps((references, body), PROTOCOL)
     return data, [obj for obj in objects if obj._p_jar is connection]

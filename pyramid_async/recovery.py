@@ -97,11 +97,9 @@ class Recovery:
     def start(self) -> None:
         if self._pid == os.getpid() or self._ended.is_set():
             return
-        self._pid = os.getpid()
-        self._thread = threading.Thread(
-            target=self._loop, name="pyramid_async-recovery", daemon=True
-        )
-        self._thread.start()
+        thread = threading.Thread(target=self._loop, name="pyramid_async-recovery", daemon=True)
+        thread.start()  # which may fail, and be tried again
+        self._thread, self._pid = thread, os.getpid()
 
     def end(self, last: Callable[[], None]) -> None:
         """Let the thread end, after it called *last*; without a thread call it here."""

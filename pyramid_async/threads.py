@@ -106,8 +106,6 @@ class ThreadExecutor:
                 for number in range(1, self.workers + 1)
             ]
             self._start_threads()
-            if self.recovery is not None and self.workers:
-                self.recovery.start()
             self._pid = os.getpid()
             _started.add(self)
             # Before what others registered until now, and may rely on.
@@ -115,14 +113,16 @@ class ThreadExecutor:
             atexit.register(stop_all)
 
     def _start_threads(self) -> None:
-        for number, thread in enumerate(self.threads):
-            try:
+        try:
+            for thread in self.threads:
                 thread.start()
-            except RuntimeError:
-                # The system has no more; those before it must not stay at each attempt.
-                for _ in range(number):
-                    self.queue.put(None)
-                raise
+            if self.recovery is not None and self.workers:
+                self.recovery.start()
+        except RuntimeError:
+            # The system has no more; those before it must not stay at each attempt.
+            for _ in self.threads:
+                self.queue.put(None)
+            raise
 
     def _work(self) -> None:
         while (item := self.queue.get()) is not None:

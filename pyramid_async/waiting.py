@@ -19,6 +19,8 @@ from .process import Exit
 LOOK = 0.5
 
 _KEY = "pyramid_async.slots"
+# Key of the environ: the id of the request whose transaction it is.
+_OWNER = "pyramid_async.transaction"
 _PREFER_WAIT = re.compile(r'(?:^|,)\s*wait\s*=\s*("?)([0-9]+)\1\s*(?=[;,]|$)', re.IGNORECASE)
 
 
@@ -92,13 +94,22 @@ def hold(
             return watch(request, job.sid, enough, seconds), math.ceil(seconds)
 
 
+def note_transaction(request: Any) -> None:
+    """Note whether the request's transaction will be its own; to be called above pyramid_tm.
+
+    A subrequest has a copy of the environ.
+    """
+    request.environ[_OWNER] = None if "tm.active" in request.environ else id(request)
+
+
 @contextmanager
 def transaction_released(request: Any) -> Iterator[None]:
     """End the request's transaction for a while: who the user is may have been read in it.
 
-    What the application wrote in it is committed, as it would be at the end of the request.
+    What the application wrote in it is committed, as it would be at the end of the request.  That
+    of another request, or of a test, is left alone.
     """
-    if not request.environ.get("tm.active"):
+    if not request.environ.get("tm.active") or request.environ.get(_OWNER) != id(request):
         yield
         return
     (request.tm.abort if request.tm.isDoomed() else request.tm.commit)()

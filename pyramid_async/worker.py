@@ -232,6 +232,7 @@ class Worker:
         if record.status == ACCEPTED:
             record.move(RUNNING, now)
         record.contested = True  # who last ran it may only be frozen
+        record.signature = None  # else it would tell of the end once more
         record.failure = failure = Failure("JobLost", reason, "", token_hex(6))
         record.finish(FAILED, now, self.result_timeout)
         return failure
@@ -451,10 +452,11 @@ def text_of(error: BaseException) -> str:
 
 def failure_of(error: BaseException, message: str | None = None) -> Failure:
     """Return what is kept of an exception, for operators and for the user."""
+    lines = traceback.format_exception(error)
     return Failure(
         type(error).__name__,
         message or text_of(error),
-        "".join(traceback.format_exception(error))[-TRACEBACK_LIMIT:],
+        "".join(part[-TEXT_LIMIT:] for part in lines)[-TRACEBACK_LIMIT:],
         token_hex(6),
         text_of(error) if isinstance(error, OperationFailed) else None,
     )

@@ -28,8 +28,10 @@ from uuid import uuid4
 
 import click
 import pytest
+import redis
 import transaction
 import webapp
+from amqp.exceptions import AccessRefused
 from bare import Clock
 from celery.bin.celery import celery as celery_command
 from crash.executors import BROKERS, remove_queue
@@ -442,6 +444,14 @@ def test_a_bell_that_was_dropped_may_be_rung_again(caplog):
     until(lambda: "bells were dropped" in caplog.text)
     assert not ringer.rung("a" * 32)
     ringer.stop(5)
+
+
+def test_what_is_wrong_with_a_whole_broker_is_no_refusal_of_a_queue(broker):
+    ringer = Bells(broker, uuid4().hex, 2)
+    assert ringer._is_refusal(AccessRefused())
+    # To the client these are errors of the channel; another connection may be better.
+    for error in (redis.exceptions.ReadOnlyError(), redis.exceptions.OutOfMemoryError()):
+        assert not ringer._is_refusal(error)
 
 
 def test_a_queue_that_the_broker_refuses_keeps_no_other_bell_waiting(broker, caplog, monkeypatch):

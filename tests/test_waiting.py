@@ -7,12 +7,16 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
 import waitress.server
 from pyramid.events import NewRequest
+from pyramid.httpexceptions import HTTPServiceUnavailable
+from pyramid.request import Request
 from pyramid_zodbconn import get_connection
+from transaction import TransactionManager
 from transaction.interfaces import NoTransaction, TransientError
 from waitress import wasyncore
 from webapp import (
@@ -127,6 +131,39 @@ def test_what_the_application_writes_in_a_held_request_stays(name, at_gate):
             answer = web.get(url + "?wait=1")
             assert answer.headers["Preference-Applied"] == "wait=1"
         assert web.get("/visits").json == before + 4
+
+
+def nested(config):
+    def look(request):
+        """Write, look at a job in a subrequest with the same transaction, and fail."""
+        get_connection(request).root()["half"] = True
+        facts = {name: request.environ[name] for name in ("tm.active", "tm.manager")}
+        inner = Request.blank(request.params["path"] + "?wait=1", environ=facts)
+        assert request.invoke_subrequest(inner, use_tweens=request.params["tweens"] == "1").json
+        raise HTTPServiceUnavailable
+
+    config.add_route("look", "/look")
+    config.add_view(look, route_name="look")
+
+
+@pytest.mark.parametrize("tweens", ["0", "1"])
+def test_transaction_of_another_request_is_left_alone(at_gate, tweens):
+    with kind("zodb-explicit-retry", routes=nested) as web:
+        path = urlsplit(at_work(web, at_gate)).path
+        web.get("/look", {"path": path, "tweens": tweens}, status=503)
+        [database] = set(web.databases.values())
+        with database.transaction() as connection:
+            assert "half" not in connection.root()
+
+
+def test_transaction_of_a_test_is_left_alone(at_gate):
+    with kind("zodb-explicit-retry", routes=visits) as web:
+        url = at_work(web, at_gate)
+        before = web.get("/visits").json
+        tm = TransactionManager(explicit=True)
+        tm.begin()
+        web.get(url + "?wait=1", extra_environ={"tm.active": True, "tm.manager": tm})
+        assert web.get("/visits").json == before + 1
 
 
 def doomed(config):

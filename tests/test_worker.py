@@ -121,12 +121,12 @@ def count_and_commit_behind_gate(root, key, name, phase, sort_key):
     transaction.get().join(Barrier(name, phase, sort_key))
 
 
-def dismiss_oneself(root, key, ended):
+def dismiss_oneself(root, key, ended, how="cancel"):
     """Have effects and dismiss the own job, in a transaction of one's own perhaps."""
     if ended is not None:
         getattr(transaction, ended)()
     mark(root, key)
-    OWN[key].scheduler.cancel(current_job().sid)
+    getattr(OWN[key].scheduler, how)(current_job().sid)
 
 
 def fail_with_item(root, key):
@@ -149,10 +149,11 @@ def fail_with_a_long_text(root, key):
     raise ValueError("x" * 1_000_000)
 
 
-def meet_a_deadlock(key, times):
+def meet_a_deadlock(key, times, in_commit=False):
     CALLS[key].append(current_job().attempt)
-    transaction.get().join(SqlManager())
-    if len(CALLS[key]) <= times:
+    met = len(CALLS[key]) <= times
+    transaction.get().join(SqlManager("tpc_vote" if met and in_commit else None, Deadlock))
+    if met and not in_commit:
         raise Deadlock("could not serialize access")
 
 
@@ -162,6 +163,12 @@ def meet_conflicts_and_then_a_storage_error(key, times, errors):
         raise ConflictError("injected")
     if len(CALLS[key]) <= times + errors:
         transaction.get().join(SqlManager("tpc_vote"))
+
+
+def fail_after_a_checkpoint(name):
+    current_job().checkpoint(1)
+    GATES[name].pass_through()
+    raise ValueError("too late")
 
 
 def show_progress():
@@ -237,9 +244,9 @@ class ArgumentsThatAreNone(Exception):
 class SqlManager(Barrier):
     """A data manager of another database; *fails* names its method that does."""
 
-    def __init__(self, fails=None):
+    def __init__(self, fails=None, error=OSError):
         super().__init__(None, None, "~sql")
-        self.fails = fails
+        self.fails, self.error = fails, error
 
     def should_retry(self, error):
         return isinstance(error, Deadlock)
@@ -252,7 +259,7 @@ class SqlManager(Barrier):
 
     def fail(self, name):
         if name == self.fails:
-            raise OSError("the server has closed the connection")
+            raise self.error("the server says so")
 
 
 class Deadlock(Exception):
@@ -516,7 +523,8 @@ def test_exception_that_quotes_a_document_is_cut(durable, key):
     sid = durable.run(fail_with_a_long_text, ROOT, key)
     failure = durable.status(sid).failure
     assert len(failure.message) == TEXT_LIMIT
-    assert len(failure.traceback) == TRACEBACK_LIMIT
+    assert TEXT_LIMIT < len(failure.traceback) <= TRACEBACK_LIMIT
+    assert "in fail_with_a_long_text" in failure.traceback
 
 
 def test_job_lost_by_its_worker_may_be_haunted(durable, key):
@@ -528,9 +536,10 @@ def test_job_lost_by_its_worker_may_be_haunted(durable, key):
         assert table.get(sid).haunted
 
 
-def test_error_that_a_data_manager_would_retry_is_retried(one, key):
-    sid = one.run(meet_a_deadlock, key, 2)
-    assert (one.status(sid).status, len(CALLS[key])) == ("successful", 3)
+@pytest.mark.parametrize("in_commit", [False, True])
+def test_error_that_a_data_manager_would_retry_is_retried(one, key, in_commit):
+    sid = one.run(meet_a_deadlock, key, 4, in_commit)
+    assert (one.status(sid).status, len(CALLS[key])) == ("successful", 5)
 
 
 def test_error_that_a_data_manager_would_retry_for_ever_fails_the_job_as_itself(db, key):
@@ -753,10 +762,11 @@ def test_job_dismissed_while_it_runs_leaves_no_effects_and_is_not_repeated(one, 
     assert (CALLS[key], one.told, one.worker.running) == ([1], [], {})
 
 
+@pytest.mark.parametrize("how", ["cancel", "remove"])
 @pytest.mark.parametrize("ended", [None, "commit", "abort"])
-def test_job_that_dismisses_itself_is_dismissed_and_leaves_no_effects(one, key, ended):
+def test_job_that_dismisses_itself_is_dismissed_and_leaves_no_effects(one, key, ended, how):
     OWN[key] = one
-    sid = one.schedule(dismiss_oneself, ROOT, key, ended)
+    sid = one.schedule(dismiss_oneself, ROOT, key, ended, how)
     one.worker.run(sid)
     assert one.status(sid).status == "dismissed"
     assert one.root(lambda root: "marked" in root) is False
@@ -796,6 +806,19 @@ def test_attempt_that_lost_its_job_tells_nobody_of_its_failure(bells, key, at):
     GATES[at].opened.set()
     thread.join(10)
     assert bells.told == []
+
+
+def test_job_that_was_given_up_tells_its_end_once(durable, key, at):
+    """Its last attempt was frozen; it fails when it goes on."""
+    sid = durable.schedule(fail_after_a_checkpoint, at, max_attempts=1)
+    thread = threading.Thread(target=durable.worker.run, args=[sid])
+    thread.start()
+    GATES[at].reach()
+    assert durable.worker.free(sid, durable.revision(sid)) is False
+    GATES[at].opened.set()
+    thread.join(10)
+    assert durable.told == [(sid, "failed")]
+    assert durable.status(sid).failure.class_name == "JobLost"
 
 
 def test_who_reads_an_older_snapshot_sees_the_job_run_and_not_wait(durable, key):
