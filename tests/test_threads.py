@@ -596,7 +596,8 @@ def test_locks_of_the_store_that_were_held_at_the_fork_do_not_hold_the_child():
             transaction.commit()
             while not (scheduler.completed(sid) and scheduler.completed(later)):
                 transaction.abort()
-            print(scheduler.get_result(sid) == scheduler.get_result(later) == (os.getpid(), None))
+            results = [scheduler.get_result(sid), scheduler.get_result(later)]
+            print(results == [(os.getpid(), None)] * 2, flush=True)
             os._exit(0)
         os.waitpid(child, 0)
         for lock in locks:
