@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial, wraps
 from pickle import PicklingError, UnpicklingError
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
-from typing import Any
+from typing import Any, TypeVar
 
 import transaction
 from transaction.interfaces import DoomedTransaction, TransientError
@@ -24,6 +24,8 @@ from .process import manager_itself
 from .transactional import mark
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Surroundings:
@@ -91,16 +93,16 @@ LASTING = (
 TRUE_ERRORS = (TransientError, AsyncError, *LASTING)
 
 
-def storage_at_work(step: Callable[[Any], None]) -> Callable[[Any], None]:
+def storage_at_work(step: Callable[[Any], T]) -> Callable[[Any], T]:
     """Decorator: turn what a storage raises (a lost backend, no memory) into Unreliable.
 
     Or into Passing, where its data manager knows the error.
     """
 
     @wraps(step)
-    def call(attempt: Any) -> None:
+    def call(attempt: Any) -> T:
         try:
-            step(attempt)
+            return step(attempt)
         except TRUE_ERRORS:
             raise
         except Exception as error:
@@ -143,8 +145,7 @@ class Attempt:
         Raises NotOurs, NotDue, what the function raises, and what the commit raises.
         """
         try:
-            self._begin()
-            record = self.record
+            record = self._begin()
             if record is None or not record.belongs_to(self.job.holder, self.job.signature):
                 raise NotOurs(record)
             if record.run_after is not None and record.run_after > self.store.clock():
@@ -169,16 +170,18 @@ class Attempt:
     # -- steps
 
     @storage_at_work
-    def _begin(self) -> None:
+    def _begin(self) -> JobRecord | None:
         self.surroundings.begin()
-        self._read()
-        if self.record is not None:
-            annotate(self.surroundings.tm.get(), self.record)
+        record = self._read()
+        if record is not None:
+            annotate(self.surroundings.tm.get(), record)
+        return record
 
-    def _read(self) -> None:
-        """Find the record, or None, as the present transaction sees it."""
+    def _read(self) -> JobRecord | None:
+        """Return the record, or None, as the present transaction sees it."""
         self.table = self.store.table(self.surroundings.tm, self.surroundings.connect)
-        self.record: JobRecord | None = self.table.get(self.job.sid)
+        record: JobRecord | None = self.table.get(self.job.sid)
+        return record
 
     def _call(self, record: JobRecord) -> Any:
         job, table = self.job, self.table
@@ -216,8 +219,7 @@ class Attempt:
         """
         if manager_itself(self.surroundings.tm)._txn is None:
             self.surroundings.begin()  # an explicit manager does not by itself
-        self._read()
-        job, record = self.job, self.record
+        job, record = self.job, self._read()
         if record is None or not record.belongs_to(job.holder, job.signature):
             # By itself perhaps, in this very transaction.
             dismissed = record is None or record.status == DISMISSED

@@ -27,6 +27,11 @@ AGAIN = "pyramid_async.again"
 # What Celery's messages may name besides: other tasks that the worker would send on.
 LINKS = {"callbacks", "errbacks", "chain", "chord"}
 
+# How a broker that is there and takes other bells refuses a queue.  The client finds out by itself
+# that a name is too long for the protocol.  Redis refuses none: what it answers is wrong with the
+# whole server.
+REFUSALS = (struct.error, ChannelError)
+
 # Longest time that publishing may wait for a broker, seconds.
 BROKER_TIMEOUT = 1.0
 
@@ -193,9 +198,7 @@ class Bells:
                 continue  # it stays noted as rung, so recovery does not ask at each look
             try:
                 self._send_one(ring)
-            except Exception as error:
-                if not self._is_refusal(error):
-                    raise
+            except REFUSALS as error:
                 self._refuse(ring, error)
         if not rings or time.monotonic() - self._confirmed >= CONFIRM:
             self._confirm()
@@ -207,16 +210,8 @@ class Bells:
             self._passed_over.pop(ring.sid, None)
             self._publish(ring)
 
-    def _is_refusal(self, error: Exception) -> bool:
-        """Say whether the broker is there and takes other bells.
-
-        Where RabbitMQ closed the channel, the client has opened it again.
-        """
-        # The client finds out by itself that a name is too long for the protocol.  Redis refuses
-        # no queue: what it answers is wrong with the whole server.
-        return isinstance(error, (struct.error, ChannelError))
-
     def _refuse(self, ring: Ring, error: Exception) -> None:
+        """Leave out the bells of a queue for a while; RabbitMQ's client has a new channel."""
         if len(self._refused) > self.most:
             self._refused.clear()
         self._refused[ring.queue] = time.monotonic()
