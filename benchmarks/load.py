@@ -53,7 +53,7 @@ def beside_pollers(web: Server, count: int) -> None:
     """Time a GET that has nothing to do with jobs, alone and while others wait for one."""
     alone = latencies(web, count)
     stop = threading.Event()
-    pollers = [Client(web, stop) for _ in range(POLLERS)]
+    pollers = [Client(web.port, stop) for _ in range(POLLERS)]
     target = f"{web.jobs[0]}?wait=20"
     threads = [run(client.poll, lambda: target) for client in pollers]
     web.until(lambda counted: counted["held"] > 0)
@@ -70,7 +70,7 @@ def beside_pollers(web: Server, count: int) -> None:
 
 
 def latencies(web: Server, count: int) -> list[float]:
-    client = Client(web)
+    client = Client(web.port)
     found = [client.timed("/bare")[0] for _ in range(count)]
     client.abort()
     return found
@@ -80,7 +80,7 @@ def aborted_waits(web: Server, count: int) -> None:
     """Ask to wait and hang up, many times; then nothing may be held."""
     before = web.until(lambda counted: counted["held"] == 0)
     for _ in range(count):
-        client = Client(web)
+        client = Client(web.port)
         client.send(f"{web.jobs[0]}?wait=20")
         client.abort()
     begun = time.perf_counter()
@@ -109,7 +109,7 @@ def polled_jobs(web: Server, seconds: float) -> None:
 
 def poll_jobs(web: Server, seconds: float) -> list[Client]:
     stop = threading.Event()
-    clients = [Client(web, stop) for _ in range(CLIENTS)]
+    clients = [Client(web.port, stop) for _ in range(CLIENTS)]
     threads = [
         run(client.poll, web.jobs[number::CLIENTS].__iter__, True)
         for number, client in enumerate(clients)
@@ -143,11 +143,11 @@ def run(work: Callable[..., None], *args: Any) -> threading.Thread:
 class Client:
     """One connection, kept alive, that asks and reads; it obeys no Retry-After."""
 
-    def __init__(self, web: Server, stop: threading.Event | None = None) -> None:
+    def __init__(self, port: int, stop: threading.Event | None = None) -> None:
         self.stop = stop or threading.Event()
         self.times: list[float] = []
         self.errors: list[str] = []
-        self.connection = socket.create_connection(("127.0.0.1", web.port), PATIENCE)
+        self.connection = socket.create_connection(("127.0.0.1", port), PATIENCE)
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def poll(self, targets: Any, again: bool = False) -> None:
@@ -172,21 +172,22 @@ class Client:
     def timed(self, path: str) -> tuple[float, int]:
         begun = time.perf_counter()
         self.send(path)
-        status = self.receive()
+        status, _ = self.receive()
         return time.perf_counter() - begun, status
 
     def send(self, path: str) -> None:
         self.connection.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
 
-    def receive(self) -> int:
+    def receive(self) -> tuple[int, bytes]:
+        """Return status and body of an answer."""
         received = b""
         while b"\r\n\r\n" not in received:
             received += self.more()
         head, _, body = received.partition(b"\r\n\r\n")
-        missing = int(head.lower().partition(b"content-length:")[2].split()[0]) - len(body)
-        while missing > 0:
-            missing -= len(self.more())
-        return int(head.split()[1])
+        length = int(head.lower().partition(b"content-length:")[2].split()[0])
+        while len(body) < length:
+            body += self.more()
+        return int(head.split()[1]), body
 
     def more(self) -> bytes:
         data = self.connection.recv(65536)
@@ -211,9 +212,9 @@ class Server:
 
     def count(self) -> dict[str, int]:
         """Return what the server counts of itself, by its own page."""
-        client = Client(self)
+        client = Client(self.port)
         client.send("/counted")
-        found: dict[str, int] = json.loads(read_body(client))
+        found: dict[str, int] = json.loads(client.receive()[1])
         client.abort()
         return found
 
@@ -227,26 +228,24 @@ class Server:
             time.sleep(0.05)
 
 
-def read_body(client: Client) -> bytes:
-    received = client.more()
-    while True:
-        head, end, body = received.partition(b"\r\n\r\n")
-        if end and len(body) >= int(head.lower().partition(b"content-length:")[2].split()[0]):
-            return body
-        received += client.more()
-
-
 @contextmanager
 def server(store: str, jobs: int) -> Iterator[Server]:
     """A server in another process, with jobs: the first runs until the end."""
+    with in_another_process(serve, store, jobs) as told:
+        yield Server(*told)
+
+
+@contextmanager
+def in_another_process(serve: Callable[..., None], *args: Any) -> Iterator[Any]:
+    """Call ``serve(*args, pipe)`` there; yield what it sends first, and end it after the block."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(store, jobs, theirs), daemon=True)
+    process = context.Process(target=serve, args=(*args, theirs), daemon=True)
     process.start()
     try:
         if not ours.poll(PATIENCE):
             raise TimeoutError("the server did not start")
-        yield Server(*ours.recv())
+        yield ours.recv()
     finally:
         process.kill()
         process.join()

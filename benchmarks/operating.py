@@ -17,7 +17,7 @@ from pyramid_async.process import new_id
 from pyramid_async.scheduler import Caller
 from pyramid_async.transactional import transact
 
-from .surroundings import BATCH, application
+from .surroundings import application, batches, new_ids
 
 NEVER = 1e8  # seconds: no maintenance meanwhile
 HOUR = 3600.0
@@ -93,22 +93,13 @@ def filled(store: str, finished: int, unfinished: int) -> Iterator[Any]:
         yield scheduler
 
 
-def batches(count: int) -> list[int]:
-    return [min(BATCH, count - start) for start in range(0, count, BATCH)]
-
-
 def add(scheduler: Any, count: int, table: Any, owner: str = "somebody else") -> list[JobRecord]:
     now = scheduler.store.clock()
     function = scheduler.store.reference(time.sleep)
-    records = [JobRecord(sid, now, function, owner=owner, holder="p") for sid in ids(count)]
+    records = [JobRecord(sid, now, function, owner=owner, holder="p") for sid in new_ids(count)]
     for record in records:
         table.add(record)
     return records
-
-
-def ids(count: int) -> list[str]:
-    # By tree, so that each is written once.
-    return sorted(new_id() for _ in range(count))
 
 
 def add_finished(

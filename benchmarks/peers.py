@@ -355,7 +355,7 @@ PEERS = {
 
 
 def can_run(name: str, peer: Peer) -> bool:
-    """Say what is missing, if anything is."""
+    """Return False, and print what is missing, where anything is."""
     try:
         import_module(peer.package)
     except ImportError as error:

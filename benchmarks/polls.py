@@ -7,12 +7,8 @@ and ask as fast as they are answered.
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import socket
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from statistics import median, quantiles
 from typing import Any
 
@@ -22,18 +18,16 @@ from waitress.server import create_server
 from pyramid_async.interfaces import IScheduler
 
 from .jobs import nothing, wait_at_gate
+from .load import PATIENCE, THREADS, Client, in_another_process
 from .rounds import Ratio, print_ratio
 from .surroundings import application
-
-THREADS = 4
-PATIENCE = 30.0  # seconds
 
 
 def main(quick: bool) -> None:
     rounds, requests = (2, 25) if quick else (7, 150)
     for store in ("ram", "zodb"):
         print(f"{store} store; {rounds} rounds of {THREADS} x {requests} requests")
-        with server(store) as (port, targets):
+        with in_another_process(serve, store) as (port, targets):
             compare(port, targets, rounds, requests)
 
 
@@ -68,58 +62,25 @@ def rate(latencies: list[float]) -> float:
 
 
 def one_client(port: int, path: str, requests: int) -> list[float]:
-    request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode()
-    with socket.create_connection(("127.0.0.1", port), PATIENCE) as connection:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return [timed(connection, request) for _ in range(requests)]
+    client = Client(port)
+    try:
+        return [timed(client, path) for _ in range(requests)]
+    finally:
+        client.abort()
 
 
-def timed(connection: socket.socket, request: bytes) -> float:
-    begun = time.perf_counter()
-    connection.sendall(request)
-    read_response(connection)
-    return time.perf_counter() - begun
-
-
-def read_response(connection: socket.socket) -> None:
-    received = b""
-    while b"\r\n\r\n" not in received:
-        received += receive(connection)
-    head, _, body = received.partition(b"\r\n\r\n")
-    if not head.startswith(b"HTTP/1.1 200"):
-        raise RuntimeError(head.decode())
-    missing = int(head.lower().partition(b"content-length:")[2].split()[0]) - len(body)
-    while missing > 0:
-        missing -= len(receive(connection))
-
-
-def receive(connection: socket.socket) -> bytes:
-    data = connection.recv(65536)
-    if not data:
-        raise ConnectionError("the server closed the connection")
-    return data
+def timed(client: Client, path: str) -> float:
+    latency, status = client.timed(path)
+    if status != 200:
+        raise RuntimeError(f"{path}: {status}")
+    return latency
 
 
 # -- the server ------------------------------------------------------------------------
 
 
-@contextmanager
-def server(store: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """A server in another process: its port, and the paths to ask for."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(store, theirs), daemon=True)
-    process.start()
-    try:
-        if not ours.poll(PATIENCE):
-            raise TimeoutError("the server did not start")
-        yield ours.recv()
-    finally:
-        process.kill()
-        process.join()
-
-
 def serve(store: str, pipe: Any) -> None:
+    """Send the port, and the paths to ask for; then serve."""
     # There are as many clients as threads, and it warns of each that waits for one.
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     with application(store) as app:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import transaction
 
 from .jobs import nothing
+from .surroundings import completed, schedule_and_commit
 
 try:
     from dm.zodb.asynchronous.context import PersistentContext
@@ -32,18 +33,6 @@ else:
         PERSISTENT_CONTEXT_FACTORY = Context
 
     transactional_nothing = transactional(nothing)
-
-
-def schedule_and_commit(scheduler: Any, f: Callable[[], None]) -> str:
-    transaction.begin()
-    sid: str = scheduler.schedule(f)
-    transaction.commit()
-    return sid
-
-
-def completed(scheduler: Any, sid: str) -> bool:
-    transaction.begin()
-    return bool(scheduler.completed(sid))
 
 
 def in_ram() -> tuple[Any, Any]:

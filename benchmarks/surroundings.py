@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from pyramid_async.scheduler import (
     PersistentTransactionalScheduler,
     TransactionalScheduler,
 )
-from pyramid_async.worker import transact
+from pyramid_async.transactional import transact
 
 WORKERS = 2
 PATIENCE = 30.0  # seconds for threads to end: recovery may just read 100,000 records
@@ -112,6 +112,21 @@ def bare(request: Any) -> Any:
     }
 
 
+# -- jobs in transactions of their own -------------------------------------------------
+
+
+def schedule_and_commit(scheduler: Any, f: Callable[[], None]) -> str:
+    transaction.begin()
+    sid: str = scheduler.schedule(f)
+    transaction.commit()
+    return sid
+
+
+def completed(scheduler: Any, sid: str) -> bool:
+    transaction.begin()
+    return bool(scheduler.completed(sid))
+
+
 # -- records that are only there -------------------------------------------------------
 
 
@@ -139,9 +154,13 @@ def add_archived(store: Any, count: int, table: Any) -> None:
         table.archive(sid)
 
 
-def add(store: Any, count: int, table: Any, done: bool = False) -> list[str]:
+def new_ids(count: int) -> list[str]:
     # By tree, so that each is written once.
-    sids = sorted(new_id() for _ in range(count))
+    return sorted(new_id() for _ in range(count))
+
+
+def add(store: Any, count: int, table: Any, done: bool = False) -> list[str]:
+    sids = new_ids(count)
     for sid in sids:
         table.add(record(store, sid, done))
     return sids

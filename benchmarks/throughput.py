@@ -25,7 +25,15 @@ from pyramid_async.interfaces import IScheduler
 from . import predecessor
 from .jobs import nothing
 from .rounds import Ratio, interleaved, print_ratio
-from .surroundings import WORKERS, application, database, ram_scheduler, zodb_scheduler
+from .surroundings import (
+    WORKERS,
+    application,
+    completed,
+    database,
+    ram_scheduler,
+    schedule_and_commit,
+    zodb_scheduler,
+)
 
 WARM_UP = 20
 LOOK = 0.002  # seconds between two looks for the last result
@@ -123,29 +131,21 @@ def work_in_transaction() -> None:
     transaction.commit()
 
 
+def functions(scheduler: Any) -> tuple[Schedule, Done]:
+    return partial(schedule_and_commit, scheduler, nothing), partial(completed, scheduler)
+
+
 @contextmanager
 def library_in_ram() -> Iterator[tuple[Schedule, Done]]:
     with ram_scheduler() as scheduler:
-        yield lambda: schedule_and_commit(scheduler), lambda sid: completed(scheduler, sid)
-
-
-def schedule_and_commit(scheduler: Any) -> str:
-    transaction.begin()
-    sid: str = scheduler.schedule(nothing)
-    transaction.commit()
-    return sid
-
-
-def completed(scheduler: Any, sid: str) -> Any:
-    transaction.begin()
-    return scheduler.completed(sid)
+        yield functions(scheduler)
 
 
 @contextmanager
 def application_in(store: str) -> Iterator[tuple[Schedule, Done]]:
     with application(store) as app:
         scheduler = app.registry.getUtility(IScheduler)
-        yield lambda: schedule_and_commit(scheduler), lambda sid: completed(scheduler, sid)
+        yield functions(scheduler)
 
 
 @contextmanager
@@ -222,13 +222,13 @@ def limit_in_zodb() -> Iterator[tuple[Schedule, Done]]:
 @contextmanager
 def library_in_zodb() -> Iterator[tuple[Schedule, Done]]:
     with database() as db, zodb_scheduler(db) as scheduler:
-        yield lambda: schedule_and_commit(scheduler), lambda sid: completed(scheduler, sid)
+        yield functions(scheduler)
 
 
 @contextmanager
 def predecessor_in_zodb() -> Iterator[tuple[Schedule, Done]]:
-    with database() as db, predecessor.in_zodb(db) as functions:
-        yield functions
+    with database() as db, predecessor.in_zodb(db) as found:
+        yield found
 
 
 ZODB: dict[str, tuple[str, Contestant]] = {

@@ -258,14 +258,17 @@ def _is_gunicorn_worker() -> bool:
     return hasattr(getattr(handler, "__self__", None), "init_process")
 
 
-def is_gunicorn_master() -> bool:
-    """Return True in the process that loads the application (--preload) and only forks."""
-    return "gunicorn.arbiter" in sys.modules and not _is_gunicorn_worker()
-
-
 def _is_uwsgi_worker() -> bool:
     worker_id: int = sys.modules["uwsgi"].worker_id()
     return worker_id > 0
+
+
+def will_fork() -> bool:
+    """Return True in a process that only forks those that serve, where its server tells."""
+    uwsgi = sys.modules.get("uwsgi")
+    if uwsgi is None:
+        return "gunicorn.arbiter" in sys.modules and not _is_gunicorn_worker()
+    return uwsgi.worker_id() == 0 and bool(uwsgi.masterpid() or uwsgi.numproc > 1)
 
 
 def _is_celery_child() -> bool:

@@ -20,7 +20,7 @@ from ZODB.POSException import InvalidObjectReference
 from .current import Job, running
 from .interfaces import AsyncError, JobDismissed, JobTaken
 from .jobs import ACCEPTED, DISMISSED, SUCCESSFUL, FileResult, JobRecord
-from .process import manager_itself
+from .process import pending
 from .transactional import mark
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Surroundings:
 def end(tm: Any) -> None:
     """Abort what is left of a transaction, if any is; log what fails."""
     # Asked of the manager, for one that is not explicit would begin a transaction to abort it.
-    if manager_itself(tm)._txn is not None:
+    if pending(tm) is not None:
         try:
             tm.abort()
         except Exception:
@@ -217,7 +217,7 @@ class Attempt:
         The function may have ended the transaction, or taken back a savepoint, so it is read
         anew.
         """
-        if manager_itself(self.surroundings.tm)._txn is None:
+        if pending(self.surroundings.tm) is None:
             self.surroundings.begin()  # an explicit manager does not by itself
         job, record = self.job, self._read()
         if record is None or not record.belongs_to(job.holder, job.signature):
@@ -260,7 +260,7 @@ class Attempt:
 
     def may_pass(self, error: Exception) -> bool:
         """Ask the data managers whether the next attempt may succeed; before the abort."""
-        txn = manager_itself(self.surroundings.tm)._txn
+        txn = pending(self.surroundings.tm)
         return txn is not None and bool(txn.isRetryableError(error))
 
     # -- loads that fail

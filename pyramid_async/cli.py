@@ -1,4 +1,4 @@
-"""The operator's shell: ``pasync development.ini list|show|cancel|retry|purge|check``."""
+"""The operator's shell: ``pasync development.ini list|show|cancel|retry|purge|check|processes``."""
 
 from __future__ import annotations
 

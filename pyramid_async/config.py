@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from contextvars import ContextVar
 from typing import Any
 
@@ -12,7 +11,7 @@ from pyramid.events import ApplicationCreated
 from pyramid.exceptions import ConfigurationError
 
 from . import client, jsonrpc, openapi, pages, views
-from .application import add_application, is_gunicorn_master
+from .application import add_application, will_fork
 from .interfaces import (
     IExecutorFactory,
     IScheduler,
@@ -94,15 +93,19 @@ def make_scheduler(registry: Any) -> Scheduler:
         conflict_attempts=settings["conflict_attempts"],
         max_attempts=settings["max_attempts"],
         result_timeout=settings["result_timeout"],
-        finished=notify,
-        changed=notify,
+        notify=notify,
     )
     return Scheduler(worker, make_executor(registry, worker, settings), settings)
 
 
 def make_executor(registry: Any, worker: Worker, settings: dict[str, Any]) -> Any:
-    make = registry.queryUtility(IExecutorFactory, default=thread_executor)
-    executor = make(worker, settings)
+    make = registry.queryUtility(IExecutorFactory)
+    if make is None and settings["executor"] == "celery":
+        raise ConfigurationError(
+            "async.executor became celery after config.include('pyramid_async'): set it before, or"
+            " include 'pyramid_async.celery'"
+        )
+    executor = (make or thread_executor)(worker, settings)
     executor.recovery = Recovery(
         worker.store,
         executor,
@@ -173,14 +176,6 @@ def start(event: Any) -> None:
             )
         scheduler.store.install()
         executor.start()
-
-
-def will_fork() -> bool:
-    """Say whether this process only forks those that serve, where its server tells."""
-    uwsgi = sys.modules.get("uwsgi")
-    if uwsgi is None:
-        return is_gunicorn_master()
-    return uwsgi.worker_id() == 0 and bool(uwsgi.masterpid() or uwsgi.numproc > 1)
 
 
 def outer_tween_factory(handler: Any, registry: Any) -> Any:

@@ -32,6 +32,7 @@ from ZODB.POSException import POSKeyError
 from ZODB.utils import oid_repr, z64
 
 from .interfaces import AsyncError, NotSchedulable
+from .transactional import transaction_of
 
 log = logging.getLogger(__name__)
 
@@ -541,7 +542,7 @@ class PersistentContext:
     def _told_connection(self) -> Any:
         """Return the connection set in this thread, while the transaction it was set in lasts."""
         connection, manager, txn = getattr(self._told, "by", (None, None, None))
-        if connection is None or _current(manager) is not txn:
+        if connection is None or transaction_of(manager) is not txn:
             return None
         return connection
 
@@ -582,13 +583,6 @@ def _database_of(root: Any, objects: list[Any]) -> Any:
 
 def _jars(objects: list[Any]) -> list[Any]:
     return [obj._p_jar for obj in objects if obj._p_jar is not None]
-
-
-def _current(manager: Any) -> Any:
-    try:
-        return manager.get()
-    except NoTransaction:
-        return None
 
 
 def _roots(txn: Any) -> dict[int, Any]:

@@ -198,7 +198,8 @@ class IScheduler(Interface):
     def jobs(status: Any = None) -> Any:
         """Return the statuses of the user's own jobs, newest first (*status*: a name or several).
 
-        Without a user there are none; without a request they are everybody's.
+        Without a user there are none; without a request they are everybody's.  Raises
+        ValueError for a status that does not exist.
         Cost: reads every unfinished record, the list of the finished ones, and of those the
         user's own.
         """
@@ -361,10 +362,13 @@ class IJobTable(Interface):
 class IExecutor(Interface):
     """Runs jobs somewhere else."""
 
+    worker = Attribute("The `~pyramid_async.worker.Worker` that runs the jobs.")
+    recovery = Attribute("The `~pyramid_async.recovery.Recovery` of this process, set once made.")
     held = Attribute("The sids that wait or run in this process.")
     grace = Attribute("Seconds that recovery leaves a job alone which nobody holds.")
     suspended = Attribute("True while no jobs are to be taken; set by recovery.")
     workers = Attribute("How many jobs may run in this process at one time.")
+    max_pending = Attribute("How many jobs may wait in this process, for a worker or their time.")
 
     def wake(committed: bool, sid: str, queue: str | None = None) -> None:
         """After-commit hook: pass the sid on.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import MAXYEAR, MINYEAR, datetime
 from typing import Any, NamedTuple
 
 from persistent import Persistent
@@ -86,7 +86,8 @@ def _count(value: Any) -> int:
 
 def _moment(value: Any) -> datetime | float:
     if isinstance(value, datetime):
-        if value.tzinfo is None:
+        # The outermost years are others in other time zones, where there may be none.
+        if value.tzinfo is None or not MINYEAR < value.year < MAXYEAR:
             raise ValueError
         return value
     return _seconds(value)
@@ -112,7 +113,10 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "title": (_text, "a text"),
     "queue": (_queue, "a name of at most 255 bytes in UTF-8 that does not begin with amq."),
     "key": (_text, "a text"),
-    "run_after": (_moment, "seconds from now, 0 to 1e10, or a datetime with a time zone"),
+    "run_after": (
+        _moment,
+        "seconds from now, 0 to 1e10, or a datetime with a time zone, of the years 2 to 9998",
+    ),
     "timeout": (_seconds, "seconds, 0 to 1e10"),
     "result_timeout": (_seconds, "seconds, 0 to 1e10"),
     "max_attempts": (_count, "a whole number from 1"),

@@ -31,7 +31,7 @@ from .views import brief_outcome, outcome, root_of, visible
 
 log = logging.getLogger(__name__)
 
-MEDIA_TYPES = {JSON, "application/json-rpc"}
+MEDIA_TYPES = (JSON, "application/json-rpc")
 BODY_LIMIT = 1024 * 1024  # bytes
 BATCH_LIMIT = 50
 

@@ -11,6 +11,8 @@ from heapq import merge
 from itertools import islice
 from typing import Any, NamedTuple
 
+from transaction.interfaces import TransientError
+
 from .documents import timestamp
 from .interfaces import AsyncError, JobNotFound
 from .jobs import FINAL, STATUSES, UNFINISHED, Failure, JobRecord, JobStatus
@@ -235,6 +237,8 @@ def is_done(record: Any) -> bool:
     """Say whether a record is one that ended; what cannot be read is none."""
     try:
         return bool(record.done)
+    except TransientError:
+        raise
     except Exception:
         return False
 
@@ -282,6 +286,8 @@ def report(inside: Inside, sid: str) -> Report | None:
             return None
         holder = record.holder or inside.table.runner(record)
         return described(record, inside.bound.status(sid), holder)
+    except TransientError:
+        raise
     except Exception as error:
         return Report(sid, fault=f"the record cannot be read: {error!r}")
 
@@ -455,6 +461,8 @@ class Check:
     def safely(self, sid: str, record: Any) -> list[str]:
         try:
             return [text for text in self.faults(sid, record) if text]
+        except TransientError:
+            raise
         except Exception as error:
             return [f"cannot be read: {error!r}"]
 
@@ -494,6 +502,8 @@ class Check:
         try:
             if record.arguments is not None:
                 store.unpack(record.arguments, table)
+        except TransientError:
+            raise
         except Exception as error:
             return f"its arguments cannot be loaded: {error!r}"
         return None

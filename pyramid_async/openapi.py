@@ -9,12 +9,13 @@ from typing import Any
 from pyramid.interfaces import IRoutesMapper
 from pyramid.response import Response
 
-from .documents import JSON, OGC_PROBLEM, PROBLEM_JSON, RESULTS_REL, dumps
+from .client import JAVASCRIPT
+from .documents import JSON, OGC_PROBLEM, OWN_PROBLEM, PROBLEM_JSON, RESULTS_REL, dumps
 from .jobs import STATUSES
+from .jsonrpc import BATCH_LIMIT, BODY_LIMIT, MEDIA_TYPES
 from .listing import LIMIT, MOST
 from .resources import add_resource, resources
 
-JSON_RPC = "application/json-rpc"
 TEXT = {"type": "string"}
 
 
@@ -224,9 +225,9 @@ OPERATIONS: dict[tuple[str, str], dict[str, Any]] = {
         "requestBody": {
             "required": True,
             # Whatever JSON it is, a response object tells what is wrong with it.
-            "description": "A request object of JSON-RPC 2.0 or a batch of at most 50. Methods:"
-            " the operations of the application, `async.status`, `async.result` and"
-            " `async.cancel`. 1 MiB at most.",
+            "description": f"A request object of JSON-RPC 2.0 or a batch of at most {BATCH_LIMIT}."
+            " Methods: the operations of the application, `async.status`, `async.result` and"
+            f" `async.cancel`. {BODY_LIMIT:,} bytes at most.",
             "content": {
                 media_type: {
                     "schema": {},
@@ -244,14 +245,14 @@ OPERATIONS: dict[tuple[str, str], dict[str, Any]] = {
                         },
                     },
                 }
-                for media_type in (JSON, JSON_RPC)
+                for media_type in MEDIA_TYPES
             },
         },
         "responses": {
             "200": {**answer("What the calls are answered with.", ref("rpc")), "links": FOLLOW},
             "204": nothing("Notifications alone: nothing to answer."),
             "400": refusal("A failed CSRF check, where the application has one."),
-            "413": refusal("A body of more than 1 MiB."),
+            "413": refusal(f"A body of more than {BODY_LIMIT:,} bytes."),
             "415": refusal("Another media type."),
         },
     },
@@ -261,7 +262,7 @@ OPERATIONS: dict[tuple[str, str], dict[str, Any]] = {
         "responses": {
             "200": {
                 "description": "The module.",
-                "content": {"text/javascript": {"schema": TEXT}},
+                "content": {JAVASCRIPT: {"schema": TEXT}},
             },
             "304": {"description": "The client has it already."},
             "400": BAD,
@@ -326,7 +327,7 @@ STATUS_INFO = {
 }
 PROBLEM = {
     "description": f"A problem of RFC 9457. Types: about:blank, {OGC_PROBLEM}no-such-job, "
-    f"{OGC_PROBLEM}result-not-ready, urn:pyramid-async:problem:…",
+    f"{OGC_PROBLEM}result-not-ready, {OWN_PROBLEM}…",
     "type": "object",
     "required": ["type", "title", "status"],
     "properties": {
@@ -367,7 +368,7 @@ COMPONENTS = {
         "rpc": {
             "anyOf": [
                 RPC_RESPONSE,
-                {"type": "array", "items": RPC_RESPONSE, "minItems": 1, "maxItems": 50},
+                {"type": "array", "items": RPC_RESPONSE, "minItems": 1, "maxItems": BATCH_LIMIT},
             ]
         },
     },

@@ -14,6 +14,9 @@ from .interfaces import JobInterrupted, JobStopped, JobTimeout
 # Seconds after which a signal that met the job in the storage's code is sent once more.
 STRIKE_AGAIN = 0.05
 
+# Seconds before Celery's hard time limit at which a job is recorded as failed, at most.
+BEFORE_LIMIT = 1.0
+
 # An exception raised in their midst would leave them half-way.
 GUARDED = {"BTrees", "ZEO", "ZODB", "persistent", "pyramid_async", "relstorage", "transaction"}
 
@@ -56,6 +59,7 @@ class Signals:
             self._sid = None
             if limit is not None:
                 limit.cancel()
+                limit.join(BEFORE_LIMIT)  # it may just write that the job failed
             if self._ends:
                 self._default(signal.SIGTERM, None)
 
@@ -107,7 +111,9 @@ class Signals:
         """
         if not self.hard:
             return None
-        timer = threading.Timer(self.hard - min(1.0, self.hard / 4), self._expire, (worker, sid))
+        timer = threading.Timer(
+            self.hard - min(BEFORE_LIMIT, self.hard / 4), self._expire, (worker, sid)
+        )
         timer.name, timer.daemon = "pyramid_async-limit", True
         timer.start()
         return timer

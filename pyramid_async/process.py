@@ -189,6 +189,11 @@ def manager_itself(tm: Any) -> Any:
     return getattr(tm, "manager", tm)
 
 
+def pending(tm: Any) -> Any:
+    """Return the manager's transaction, or None; `get` would begin one, or raise."""
+    return manager_itself(tm)._txn
+
+
 def connections_of(tm: Any, db: Any) -> list[Any]:
     """Return the open connections to a database that take part in a manager's transactions."""
     found: list[Any] = []

@@ -6,6 +6,7 @@ import heapq
 import logging
 import math
 import os
+import platform
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from persistent import Persistent
+from transaction.interfaces import TransientError
 
 from .interfaces import JobTaken
 from .jobs import ACCEPTED, FRESH, JobRecord, Live
@@ -29,6 +31,13 @@ SHOWN_AFTER = 1.0
 ARCHIVE_AFTER = 60.0
 # Then those go with it that have stayed this long: a move of many writes less for each.
 ARCHIVE_TOGETHER = 20.0
+
+# What the thread's steps do, for the log.
+STEPS = {
+    "tell": "interrupt the jobs that are no longer ours",
+    "beat": "show a sign of life",
+    "look": "look for lost jobs",
+}
 
 
 class Sign(Persistent):
@@ -146,7 +155,7 @@ class Recovery:
         try:
             step()
         except Exception:
-            log.exception("recovery could not %s; it goes on", step.__name__)
+            log.exception("recovery could not %s; it goes on", STEPS[step.__name__])
             return False
         return True
 
@@ -301,6 +310,8 @@ class Recovery:
                 self._rescue(record, table)
             elif record.holder == self.store.process:
                 self.later(record.run_after, sid)
+        except TransientError:
+            raise  # the database is away: it is no fault of the record
         except Exception:
             # One bad record must not stop the others.
             if sid not in self._bad_before:
@@ -377,4 +388,4 @@ class Recovery:
 
 def process_name() -> str:
     """Return what an operator finds a process by; never its identity."""
-    return f"{os.uname().nodename}:{os.getpid()}"
+    return f"{platform.node()}:{os.getpid()}"

@@ -45,7 +45,9 @@ def add_resource(config: Any, name: str, pattern: str, api: bool = True, **views
             permission=NO_PERMISSION_REQUIRED,
             require_csrf=None if api else False,
         )
-    methods = ["GET", "HEAD", *views] if "GET" in views else [*views]
+    methods = [*views]
+    if "GET" in views:
+        methods.insert(methods.index("GET") + 1, "HEAD")
     if api:
         config.registry.setdefault(_KEY, {})[name] = methods
         add_async_cors(config, name, methods)
@@ -80,7 +82,7 @@ class NotAllowed:
     """The view for all other methods: Pyramid alone would say 404."""
 
     def __init__(self, methods: list[str]) -> None:
-        self.allow = ", ".join(dict.fromkeys(methods))
+        self.allow = ", ".join(methods)
 
     def __call__(self, request: Any) -> Any:
         response = problem(405)

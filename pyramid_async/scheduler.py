@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from datetime import datetime
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import transaction
 from persistent import Persistent
+from transaction.interfaces import TransientError
 from zope.interface import implementer
 
 from .current import Changes
@@ -51,6 +51,10 @@ def moment(when: datetime | float | None, now: float) -> float | None:
     if when is None:
         return None
     return when.timestamp() if isinstance(when, datetime) else now + when
+
+
+# What `get_result` returns: unknown, not finished, or (value, exception).
+Collected = Literal[False] | tuple[Any, BaseException | None] | None
 
 
 class Caller(NamedTuple):
@@ -102,14 +106,14 @@ class Scheduler:
         self.settings = settings or {}
         self.operations: dict[str, Operation] = {} if operations is None else operations
         self._tm = tm
-        self._caller: Caller = caller
+        self._caller = caller
         self._options = options or {}
 
     @property
     def changes(self) -> Changes:
         return self.worker.changes
 
-    def bind(self, tm: Any, caller: Any = NOBODY) -> Scheduler:
+    def bind(self, tm: Any, caller: Caller = NOBODY) -> Scheduler:
         """Return this scheduler for another transaction manager and caller."""
         return Scheduler(
             self.worker,
@@ -156,7 +160,7 @@ class Scheduler:
         table.add(self._record(sid, f, function, args, kw, table))
         if key is not None:
             table.take_key(key, sid)
-        self.worker.changed(sid, ACCEPTED)
+        self.worker.notify(sid, ACCEPTED)
         return self._wake_after_commit(sid)
 
     def _unfinished(self, key: str, table: Any) -> str | None:
@@ -203,7 +207,7 @@ class Scheduler:
         new = self._caller.new_sid()
         self._take_key(record, new, table)
         table.add(record.again(new, self.store.clock(), self.worker.holder))
-        self.worker.changed(new, ACCEPTED)
+        self.worker.notify(new, ACCEPTED)
         return self.using(queue=record.option("queue"))._wake_after_commit(new)
 
     def _take_key(self, record: JobRecord, new: str, table: Any) -> None:
@@ -222,7 +226,7 @@ class Scheduler:
         record = self._table().get(sid)
         return None if record is None else record.done
 
-    def get_result(self, sid: str) -> Any:
+    def get_result(self, sid: str) -> Collected:
         """See IScheduler."""
         table = self._table()
         record = table.get(sid)
@@ -248,10 +252,14 @@ class Scheduler:
         return self._value(record, table), None
 
     def _exception(self, record: JobRecord, table: Any) -> BaseException:
-        with suppress(Exception):  # its class is gone, or is made in another way
-            if record.exception is not None:
+        if record.exception is not None:
+            try:
                 error: BaseException = self.store.unpack(record.exception, table)
                 return error
+            except TransientError:
+                raise
+            except Exception as why:  # its class is gone, or is made in another way
+                log.debug("the exception of job %r cannot be loaded: %r", record.sid, why)
         assert record.failure is not None  # also where the workers died and nothing was raised
         return JobFailed(*record.failure[:2])
 
@@ -284,6 +292,8 @@ class Scheduler:
     def jobs(self, status: str | Iterable[str] | None = None) -> list[JobStatus]:
         """See IScheduler."""
         wanted = {status} if isinstance(status, str) else set(status or STATUSES)
+        if not wanted <= set(STATUSES):
+            raise ValueError(f"status is {status!r}; allowed: {', '.join(STATUSES)}")
         if self._caller.owner is None and not self._caller.sees_all:
             return []  # a job without an owner is known by its id alone
         found = [job for job in self._statuses(wanted) if job.status in wanted]
@@ -297,6 +307,8 @@ class Scheduler:
                 record = table.get(sid)
                 if record is not None and (caller.sees_all or record.owner == caller.owner):
                     yield self._status(record, table)
+            except TransientError:
+                raise
             except Exception:
                 # One bad record must not hide the others.
                 log.exception("the record of job %r cannot be read", sid)
@@ -331,7 +343,7 @@ class Scheduler:
         record.reach(status.progress, status.started)
         record.finish(DISMISSED, self.store.clock(), self.worker.result_timeout)
         self._tm_in_use().get().addBeforeCommitHook(self._confirm_dismissal, (sid,))
-        self.worker.changed(sid, DISMISSED)
+        self.worker.notify(sid, DISMISSED)
         return True
 
     def _confirm_dismissal(self, sid: str) -> None:
@@ -438,7 +450,7 @@ class PersistentTransactionalScheduler(Persistent):
         """See IScheduler."""
         return self._scheduler().completed(sid)
 
-    def get_result(self, sid: str) -> Any:
+    def get_result(self, sid: str) -> Collected:
         """See IScheduler."""
         return self._scheduler().get_result(sid)
 

@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from .jobs import OPTIONS
+
 PREFIX = "async."
 
 
@@ -186,8 +188,7 @@ SETTINGS = (
     ),
     Setting(
         "celery.queue",
-        str,
-        "a name",
+        *OPTIONS["queue"],
         "pyramid_async",
         "The queue of jobs that were scheduled without using(queue=...).",
     ),

@@ -154,7 +154,7 @@ class TransactionManager:
         so that the transactional functions it calls afterwards join again.
         """
         manager = _manager(self)
-        if manager.explicit and _current(manager) is not None:
+        if manager.explicit and transaction_of(manager) is not None:
             manager.abort()
         txn = manager.begin()
         _set_mark(txn)
@@ -178,7 +178,7 @@ class TransactionManager:
         return call
 
     def _joins(self) -> bool:
-        txn = _current(_manager(self))
+        txn = transaction_of(_manager(self))
         if txn is not None and is_managed(txn):
             return True
         return self.manager is None and any(map(is_managed, _thread.marked))
@@ -225,7 +225,7 @@ class TransactionManager:
         """
         if not isinstance(error, Exception):
             return False
-        txn = _current(_manager(self))
+        txn = transaction_of(_manager(self))
         return isinstance(error, TransientError) or (
             txn is not None and txn.isRetryableError(error)
         )
@@ -240,12 +240,12 @@ class TransactionManager:
     # An explicit manager has no transaction when the function ended its own by itself.
 
     def _commit(self) -> None:
-        txn = _current(_manager(self))
+        txn = transaction_of(_manager(self))
         if txn is not None:
             txn.commit()
 
     def _abort(self) -> None:
-        txn = _current(_manager(self))
+        txn = transaction_of(_manager(self))
         if txn is not None:
             txn.abort()
 
@@ -257,7 +257,7 @@ def _manager(owner: Any) -> Any:
     return transaction.manager if owner.manager is None else owner.manager
 
 
-def _current(manager: Any) -> Any:
+def transaction_of(manager: Any) -> Any:
     """Return the manager's transaction, or None where an explicit manager has none."""
     try:
         return manager.get()

@@ -17,6 +17,7 @@ from .current import Changes, Job
 from .interfaces import (
     JobDismissed,
     JobFailed,
+    JobInterrupted,
     JobStopped,
     JobTaken,
     NotSchedulable,
@@ -69,16 +70,14 @@ class Worker:
         conflict_attempts: int = 10,
         max_attempts: int = 3,
         result_timeout: float = 3600.0,
-        finished: Callable[[str, str], None] = lambda sid, status: None,
-        changed: Callable[[str, str], None] = lambda sid, status: None,
+        notify: Callable[[str, str], None] = lambda sid, status: None,
     ) -> None:
         self.store = store
         self.surroundings = surroundings
         self.conflict_attempts = conflict_attempts
         self.max_attempts = max_attempts
         self.result_timeout = result_timeout
-        self.finished = finished  # called with (sid, status) for a successful or failed job
-        self.changed = changed  # called likewise for every other change that is told
+        self.notify = notify  # called with (sid, status) for every change that is told
         self.keeps = True  # jobs wait in a queue of this process, and need no claim from there
         self.later: Callable[[float, str], None] = lambda when, sid: None
         self.running: dict[str, Job] = {}
@@ -153,7 +152,7 @@ class Worker:
             self._tell_lost(sid, free)
         return free is True
 
-    def interrupt(self, sid: str, reason: Any) -> None:
+    def interrupt(self, sid: str, reason: JobInterrupted) -> None:
         """Tell the job, if it runs here."""
         job = self.running.get(sid)
         if job is not None:
@@ -164,7 +163,7 @@ class Worker:
         for sid in list(self.running):
             self.interrupt(sid, JobStopped(why))
 
-    def fail(self, sid: str, reason: Any) -> None:
+    def fail(self, sid: str, reason: JobInterrupted) -> None:
         """End the job if it runs here, for it is about to be killed; its attempt conflicts."""
         job = self.running.get(sid)
         if job is not None:
@@ -410,9 +409,8 @@ class Worker:
 
     def tell(self, sid: str, status: str) -> None:
         """Send the event that a job has become *status*; never raise."""
-        notify = self.finished if status in (SUCCESSFUL, FAILED) else self.changed
         try:
-            notify(sid, status)
+            self.notify(sid, status)
         except BaseException:  # asyncio.CancelledError, SystemExit: the thread goes on
             log.exception("a subscriber failed for job %r, which is %s", sid, status)
 

@@ -68,16 +68,17 @@ class Process:
         self.store, self.db = store, db
         self.ended = Events()
         self.told = []
-        self.worker = Worker(store, finished=self._finished, **options)
+        self.worker = Worker(store, notify=self._notify, **options)
         self.executor = ThreadExecutor(self.worker, workers)
         self.worker.keeps = True
         self.recovery = Recovery(store, self.executor, lease=lease, monotonic=monotonic)
         self.worker.later = self.recovery.later
         self.scheduler = Scheduler(self.worker, self.executor)
 
-    def _finished(self, sid, status):
-        self.told.append((sid, status))
-        self.ended[sid].set()
+    def _notify(self, sid, status):
+        if status in ("successful", "failed"):
+            self.told.append((sid, status))
+            self.ended[sid].set()
 
     @contextmanager
     def transaction(self):

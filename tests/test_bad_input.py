@@ -11,12 +11,16 @@ from uuid import uuid4
 import pytest
 from bare import ROOT, Process, memory, process
 from persistent import Persistent
+from transaction.interfaces import TransientError
 from webapp import browser, echo
-from ZODB.Connection import resetCaches
+from ZODB.Connection import Connection, resetCaches
+from ZODB.POSException import StorageError
 
+from pyramid_async import manage
 from pyramid_async.context import ObjectGone
 from pyramid_async.interfaces import BadRecord, InvalidTransition, JobFailed, NotSchedulable
 from pyramid_async.jobs import JobRecord
+from pyramid_async.zodb import Large
 
 CALLS = defaultdict(list)
 
@@ -402,6 +406,61 @@ def test_bad_record_is_an_error_for_its_own_id_alone(durable, key, bad, monkeypa
         durable.ask(lambda scheduler: scheduler.remove(sid))
         assert durable.ask(lambda scheduler: scheduler.completed(sid)) is None
         assert durable.record(sid) is None
+
+
+class Away:
+    """Lets some loads of a class fail, as those of a ZEO client that lost its server."""
+
+    def __init__(self, db, monkeypatch):
+        self.db, self.left, self.kind = db, 0, None
+        load = Connection.setstate
+
+        def setstate(connection, obj):
+            if self.left and isinstance(obj, self.kind):
+                self.left -= 1
+                raise StorageAway("no server")
+            load(connection, obj)
+
+        monkeypatch.setattr(Connection, "setstate", setstate)
+
+    def loads(self, kind, count):
+        self.db.cacheMinimize()
+        self.left, self.kind = count, kind
+
+
+class StorageAway(StorageError, TransientError):
+    pass
+
+
+@pytest.fixture
+def away(durable, monkeypatch):
+    return Away(durable.db, monkeypatch)
+
+
+def test_storage_that_is_away_makes_no_record_a_bad_one(durable, away, caplog, monkeypatch):
+    monkeypatch.setattr(durable.executor, "recovery", durable.recovery)
+    sid = durable.run(give, 1)
+    questions = (
+        lambda: [job.sid for job in durable.ask(lambda s: s.jobs())],
+        lambda: [job.sid for job in manage.page(durable.scheduler).jobs if job.fault is None],
+        lambda: manage.check(durable.scheduler),
+        durable.recovery.look,
+    )
+    for ask in questions:
+        right = ask()
+        away.loads(JobRecord, 1)
+        assert ask() == right  # asked again, as after a conflict
+        away.loads(JobRecord, 100)
+        with pytest.raises(StorageAway):
+            ask()
+        away.loads(JobRecord, 0)
+    assert lines_about(caplog, sid) == []
+
+
+def test_storage_that_is_away_takes_no_exception_from_its_reader(durable, away):
+    sid = durable.run(raise_changing, "x" * 100_000)
+    away.loads(Large, 1)
+    assert isinstance(durable.result(sid)[1], Changing)
 
 
 def test_impossible_transition_says_what_is_allowed(one):

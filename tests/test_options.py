@@ -215,6 +215,7 @@ def test_a_waiting_job_holds_no_thread_and_survives_a_restart(file_db, wait_for)
     "options",
     [
         {"run_after": datetime(2030, 1, 1)},
+        {"run_after": datetime.max.replace(tzinfo=UTC)},
         {"run_after": -1},
         {"key": ""},
         {"key": 3},

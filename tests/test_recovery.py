@@ -845,7 +845,7 @@ def test_step_that_fails_is_logged_and_the_next_one_is_taken(db, caplog):
             raise ZeroDivisionError
 
         one.recovery._safely(look)
-        assert "recovery could not look; it goes on" in caplog.text
+        assert "recovery could not look for lost jobs; it goes on" in caplog.text
 
 
 # -- the thread ----------------------------------------------------------------------------
@@ -856,7 +856,7 @@ def test_thread_looks_by_itself(db, key):
     worker = Worker(store)
     executor = executor_for(worker, 1)
     ended = threading.Event()
-    worker.finished = lambda sid, status: ended.set()
+    worker.notify = lambda sid, status: status == "successful" and ended.set()
     one = Process(store, db)
     sid = one.schedule(note, key)
     one.die(sid)
@@ -871,7 +871,7 @@ def test_job_runs_when_its_time_has_come(db, key):
     worker = Worker(store)
     executor = executor_for(worker, 1)
     ended = threading.Event()
-    worker.finished = lambda sid, status: ended.set()
+    worker.notify = lambda sid, status: status == "successful" and ended.set()
     scheduler = Scheduler(worker, executor)
     scheduler.transact(lambda s: s.using(run_after=0.05).schedule(note, key))
     assert ended.wait(10)
@@ -905,7 +905,7 @@ VICTIM = """
     store.install()
     worker = Worker(store)
     ended = threading.Semaphore(0)
-    worker.finished = lambda sid, status: ended.release()
+    worker.notify = lambda sid, status: status == "successful" and ended.release()
     executor = executor_for(worker, 1)
     scheduler = Scheduler(worker, executor)
     connection = db.open()

@@ -1484,6 +1484,8 @@ def test_jobs_that_ended_long_ago_are_listed_for_their_user_alone(web):
     assert own("bob", "successful") == own("bob", "running") == own("eve") == own(None) == set()
     assert {job.sid for job in web.ask(lambda s: s.jobs())} == {*sids, young}
     assert {job.sid for job in web.ask(lambda s: s.jobs("failed"))} == {sids[1]}
+    with pytest.raises(ValueError, match="status is 'finished'; allowed: accepted, running"):
+        web.ask(lambda s: s.jobs("finished"))
 
 
 def test_list_reads_no_record_of_other_users_that_was_put_away(zodb):
@@ -2243,6 +2245,15 @@ def test_store_that_is_missing_stops_the_start():
 def test_bad_setting_stops_the_start():
     with pytest.raises(ConfigurationError, match=r"async\.workers is 'many'"):
         configured({"async.workers": "many"}, "pyramid_async")
+
+
+def test_executor_that_is_set_too_late_stops_the_start():
+    with (
+        pytest.raises(ConfigurationError, match=r"async\.executor became celery after"),
+        Configurator(settings={}) as config,
+    ):
+        config.include("pyramid_async")
+        config.add_settings({"async.executor": "celery"})
 
 
 def test_scheduler_that_the_application_registered_wins():

@@ -30,7 +30,7 @@ ROWS = {
     "wait_slots": ([("0", 0), ("10", 10)], WHOLE),
     "inline_limit": ([("0", 0), ("1048576", 1048576)], WHOLE),
     "celery.broker": ([("redis://localhost", "redis://localhost")], []),
-    "celery.queue": ([("slow", "slow")], []),
+    "celery.queue": ([("slow", "slow")], ["", "amq.slow", "x" * 256, None]),
     "cors.origins": (
         [
             ("", ()),

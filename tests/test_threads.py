@@ -530,7 +530,7 @@ def test_pool_is_made_anew_after_a_fork():
 
         def run(scheduler):
             done = threading.Event()
-            scheduler.worker.finished = lambda sid, status: done.set()
+            scheduler.worker.notify = lambda sid, status: status == "successful" and done.set()
             sid = scheduler.schedule(pid)
             transaction.commit()
             assert done.wait(20)
@@ -567,7 +567,7 @@ def test_lock_that_was_held_at_the_fork_does_not_hold_the_child():
             child = os.fork()
             if child == 0:
                 done = threading.Event()
-                scheduler.worker.finished = lambda sid, status: done.set()
+                scheduler.worker.notify = lambda sid, status: status == "successful" and done.set()
                 scheduler.schedule(os.getpid)
                 transaction.commit()
                 print(done.wait(20), flush=True)
@@ -774,7 +774,7 @@ def test_idle_pool_does_not_hold_the_exit():
         scheduler = TransactionalScheduler()
         scheduler.executor.shutdown_timeout = 50
         done = threading.Event()
-        scheduler.worker.finished = lambda sid, status: done.set()
+        scheduler.worker.notify = lambda sid, status: status == "successful" and done.set()
         scheduler.schedule(time.time)
         transaction.commit()
         assert done.wait(20)
@@ -823,7 +823,7 @@ def test_pool_of_connections_never_warns(caplog, monkeypatch):
     scheduler = config.registry.getUtility(IScheduler)
     record_failures_together(monkeypatch, 4)
     ended = threading.Semaphore(0)
-    scheduler.worker.finished = lambda sid, status: ended.release()
+    scheduler.worker.notify = lambda sid, status: status == "failed" and ended.release()
     for _ in range(3):
         with gate() as name:
             sids = [scheduler.transact(lambda s: s.schedule(fail_at_gate, name)) for _ in range(4)]
