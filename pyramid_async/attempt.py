@@ -18,7 +18,8 @@ from ZODB.blob import Blob
 from ZODB.POSException import InvalidObjectReference
 
 from .current import Job, running
-from .interfaces import AsyncError, JobDismissed, JobTaken
+from .failures import failure_of, members
+from .interfaces import AsyncError, JobDismissed, JobInterrupted, JobTaken, OperationFailed
 from .jobs import ACCEPTED, DISMISSED, SUCCESSFUL, FileResult, JobRecord
 from .process import pending
 from .transactional import mark
@@ -155,13 +156,15 @@ class Attempt:
             value = self._call(record)
             self._succeed(value)
             self._commit()
-        except TransientError:
+        except (TransientError, JobInterrupted, NotOurs, NotDue):
             raise
-        except Exception as error:
+        except BaseException as error:
             if self.unread is not None:
                 raise Unreliable(repr(self.unread)) from error
             if self.may_pass(error):
                 raise Passing(repr(error)) from error
+            # Before the abort: its text may read objects, also those that the job has changed.
+            self.job.failure = failure_of(error)
             raise
         finally:
             self._unwatch()
@@ -190,9 +193,7 @@ class Attempt:
         args, kw = self._arguments(record, table)
         with running(job):
             job.check()  # it may have been told while it waited after a conflict
-            value = f(*args, **kw)
-            if isinstance(value, LAZY):
-                value = run_body(f, value)
+            value = call(f, args, kw)
             job.check()
         return value
 
@@ -258,7 +259,7 @@ class Attempt:
             raise Unreliable(repr(self.unread)) from self.unread
         self.surroundings.tm.commit()
 
-    def may_pass(self, error: Exception) -> bool:
+    def may_pass(self, error: BaseException) -> bool:
         """Ask the data managers whether the next attempt may succeed; before the abort."""
         txn = pending(self.surroundings.tm)
         return txn is not None and bool(txn.isRetryableError(error))
@@ -292,6 +293,23 @@ class Attempt:
         except Exception as error:
             self.unread = error
             raise
+
+
+# What decides about a job also from within a group, as an ``asyncio.TaskGroup`` raises it.
+DECISIVE = (JobInterrupted, TransientError, OperationFailed)
+
+
+def call(f: Any, args: Any, kw: Any) -> Any:
+    """Call the function; of a group raise what decides about the job, if that is in it."""
+    try:
+        value = f(*args, **kw)
+        return run_body(f, value) if isinstance(value, LAZY) else value
+    except BaseExceptionGroup as group:
+        for kind in DECISIVE:
+            for error in members(group):
+                if isinstance(error, kind):
+                    raise error from group
+        raise
 
 
 # What a call returns whose body has not run yet.

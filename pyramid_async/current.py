@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from .interfaces import JobInterrupted, JobTimeout
-from .jobs import Live
+from .jobs import Failure, Live
 from .process import new_id, renew_in_children
 
 T = TypeVar("T")
@@ -45,6 +45,7 @@ class Job:
         self.remaining: float | None = None
         self.ticks = 1  # visible changes: to run is one
         self.deadline: float | None = None  # monotonic
+        self.failure: Failure | None = None  # what is kept of what the function raised
         self._interrupt: JobInterrupted | None = None
 
     def progress(self, done: float, total: float | None = None, message: Any = None) -> None:

@@ -113,7 +113,13 @@ class Connections:
 
     def know(self, db: Any) -> None:
         """Remember a database of those that persistent arguments come from."""
+        self.forget_closed()
         self.db = self.db or db
+
+    def forget_closed(self) -> None:
+        """Forget a database that was closed: it would be nobody's, and fail whoever opens it."""
+        if self.db is not None and not self.db.databases:
+            self.db = None
 
     def open(self, tm: Any) -> Any:
         """Return the connection of the manager's transaction, or None: no database is known."""

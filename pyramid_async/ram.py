@@ -6,7 +6,9 @@ import heapq
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
+from weakref import WeakSet
 
 from persistent import Persistent
 from ZODB.POSException import ConflictError
@@ -15,7 +17,7 @@ from zope.interface import implementer
 from .conflicts import explain
 from .context import PersistentContext, map_references, refer, resolve_references
 from .interfaces import IJobStore, IJobTable, NotSchedulable, SchedulerFull
-from .jobs import JobRecord
+from .jobs import FileResult, JobRecord
 from .process import Connections, Identity, renew_in_children
 
 # Longest wait for another transaction between its vote and its finish, seconds.
@@ -48,7 +50,7 @@ class RamStore:
         self.lock = threading.Lock()
         self.votes_ended = threading.Condition(self.lock)
         self.waiting = 0  # transactions that wait for the end of another one's vote
-        self.promised = 0  # records added by transactions that have not ended
+        self.promising: Any = WeakSet()  # tables of transactions that add records, and live
         self.voted: set[Any] = set()  # sids and keys between tpc_vote and tpc_finish
 
     @property
@@ -81,12 +83,13 @@ class RamStore:
 
     def pack(self, value: Any, table: RamTable) -> Any:
         if isinstance(value, BaseException):
-            map_references([*value.args, vars(value)], _refuse)
-            # Its frames would keep the job's connection and objects alive.
-            value.__traceback__ = value.__context__ = value.__cause__ = None
+            _strip(value, set())
             return value
 
-        def replace(obj: Any) -> Any:
+        if isinstance(value, FileResult):
+            return replace(value, content=self.pack(value.content, table))
+
+        def refer_to(obj: Any) -> Any:
             if isinstance(obj, PersistentContext):
                 if obj.database is not None:
                     self.connections.know(obj.database)
@@ -96,12 +99,14 @@ class RamStore:
             return reference
 
         # Copies, or else an attempt would find what an earlier one made of its arguments.
-        return map_references(value, replace, (Persistent, PersistentContext), copies=True)
+        return map_references(value, refer_to, (Persistent, PersistentContext), copies=True)
 
     def size(self, payload: Any) -> None:
         """Return None: it is not known."""
 
     def unpack(self, payload: Any, table: RamTable) -> Any:
+        if isinstance(payload, FileResult):
+            return replace(payload, content=self.unpack(payload.content, table))
         return resolve_references(payload, lambda: table.connection, copies=True)
 
     def explain(self, error: BaseException) -> str:
@@ -127,17 +132,26 @@ class RamStore:
 
     # -- called by tables, under no lock
 
-    def promise(self) -> None:
+    @property
+    def promised(self) -> int:
+        """How many records are added by transactions that have not ended.
+
+        Nobody ends that of a thread which ended before; it goes with its table.
+        """
+        return sum(len(table._added) for table in self.promising)
+
+    def promise(self, table: RamTable, sid: str) -> None:
         if self.closed:
             raise RuntimeError("the scheduler was stopped and runs no more jobs: make a new one")
         with self.lock:
             if len(self.pending) + self.promised >= self.max_pending:
                 raise SchedulerFull(self.max_pending)
-            self.promised += 1
+            self.promising.add(table)
+            table._added.add(sid)
 
-    def forget_promises(self, count: int) -> None:
+    def end_promises(self, table: RamTable) -> None:
         with self.lock:
-            self.promised -= count
+            self.promising.discard(table)
 
     def vote(self, serials: dict[str, int], keys: dict[str, tuple[Any, str]]) -> None:
         """Reserve records and keys for one transaction, or raise ConflictError.
@@ -154,7 +168,8 @@ class RamStore:
                 if sid in self.voted or self.serial(sid) != serial:
                     raise ConflictError(f"job {sid!r} was changed by another transaction")
             for key, (seen, _) in keys.items():
-                if ("key", key) in self.voted or self.keys.get(key) != seen:
+                # What was seen may have ended meanwhile, and so have given its key back.
+                if ("key", key) in self.voted or self.keys.get(key) not in (None, seen):
                     raise ConflictError(f"key {key!r} was taken by another transaction")
             self.voted |= wanted
 
@@ -174,7 +189,8 @@ class RamStore:
     ) -> None:
         with self.lock:
             for key, (_, sid) in keys.items():
-                self.keys[key] = sid
+                if changes.get(sid) is not None:  # else it was removed by who scheduled it
+                    self.keys[key] = sid
             for sid, state in changes.items():
                 self._apply(sid, state)
             self._unvote(changes, keys)
@@ -221,11 +237,26 @@ class RamStore:
             del self.keys[key]
 
 
-def _refuse(obj: Any) -> None:
-    raise NotSchedulable(
-        f"an exception that holds {type(obj).__name__}",
-        "a persistent object belongs to its connection",
-    )
+def _strip(error: BaseException, seen: set[int]) -> None:
+    """Free an exception, and those that it holds, from the frames of the job.
+
+    They would keep its connection and objects alive.  Raises NotSchedulable for one that holds
+    a persistent object.
+    """
+
+    def look(obj: Any) -> Any:
+        if isinstance(obj, BaseException):
+            _strip(obj, seen)
+            return obj
+        raise NotSchedulable(
+            f"an exception that holds {type(obj).__name__}",
+            "a persistent object belongs to its connection",
+        )
+
+    if id(error) not in seen:
+        seen.add(id(error))
+        map_references([*error.args, vars(error)], look, (Persistent, BaseException))
+        error.__traceback__ = error.__context__ = error.__cause__ = None
 
 
 @implementer(IJobTable)
@@ -244,15 +275,23 @@ class RamTable:
         self._removed: set[str] = set()  # of those
         self._added: set[str] = set()  # of those
         self._keys: dict[str, tuple[Any, str]] = {}  # key -> (sid as seen, new sid)
+        self._seen: dict[str, str | None] = {}  # key -> sid as last read
 
     def _forget(self) -> None:
-        for held in (self._records, self._changed, self._removed, self._added, self._keys):
+        if self._added:
+            self.store.end_promises(self)
+        for held in (self._records, self._changed, self._removed, self._added):
             held.clear()
+        self._keys.clear()
+        self._seen.clear()
         self._joined = self._voted = False
 
     @property
     def connection(self) -> Any:
-        return self._connect() if self._connect else self.store.connections.open(self.tm)
+        if self._connect:
+            return self._connect()
+        self.store.connections.forget_closed()
+        return self.store.connections.open(self.tm)
 
     # -- IJobTable
 
@@ -288,13 +327,13 @@ class RamTable:
 
     def add(self, record: JobRecord) -> None:
         self._join()  # first: only a transaction that we take part in takes promises back
-        self.store.promise()
-        self._added.add(record.sid)
+        self.store.promise(self, record.sid)
         # Where an expired record still has the sid, it is replaced.
         self._adopt(record, self.store.serial(record.sid))._p_changed = True
 
     def remove(self, record: JobRecord) -> None:
         record._p_changed = True
+        self.register(record)  # again, where a savepoint took an earlier change back
         self._removed.add(record.sid)
 
     def drop(self, sid: str) -> None:
@@ -309,10 +348,14 @@ class RamTable:
         return record.sid in self._removed
 
     def keyed(self, key: str) -> str | None:
-        return self._keys[key][1] if key in self._keys else self.store.keys.get(key)
+        if key in self._keys:
+            return self._keys[key][1]
+        sid = self._seen[key] = self.store.keys.get(key)
+        return sid
 
     def take_key(self, key: str, sid: str) -> None:
-        seen = self._keys[key][0] if key in self._keys else self.store.keys.get(key)
+        # As it was read for the decision: by now it may be another's.
+        seen = self._keys[key][0] if key in self._keys else self._seen.get(key)
         self._keys[key] = (seen, sid)
 
     def sign(self, process: str | None) -> None:
@@ -382,11 +425,9 @@ class RamTable:
             self._joined = True
 
     def _undo(self, sid: str) -> None:
-        record = self._changed.pop(sid)
+        del self._changed[sid]
         self._records.pop(sid, None)
-        if record.sid in self._added:
-            self._added.discard(sid)
-            self.store.forget_promises(1)
+        self._added.discard(sid)
 
     # -- the transaction's data manager
 
@@ -397,8 +438,6 @@ class RamTable:
     def abort(self, txn: Any) -> None:
         if not self._joined:
             return  # after a successful commit, when all is empty already
-        if self._added:
-            self.store.forget_promises(len(self._added))
         self._forget()
 
     def tpc_begin(self, txn: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
@@ -234,9 +235,10 @@ class Scheduler:
             return None
         if not record.done:
             return False
+        outcome = self._outcome(record, table)  # which may fail: then nobody has collected it
         # Not removed yet: the same transaction may ask again.
         self._tm_in_use().get().addBeforeCommitHook(self._collected, (record,))
-        return self._outcome(record, table)
+        return outcome
 
     def _collected(self, record: JobRecord) -> None:
         table = self._table()
@@ -476,7 +478,7 @@ class PersistentTransactionalScheduler(Persistent):
         db, oid = key = self._key()
         scheduler = _in_use.get(key)
         if scheduler is None:
-            with _in_use_lock:
+            with _in_use_locks.setdefault(os.getpid(), threading.Lock()):
                 scheduler = _in_use[key] = _in_use.get(key) or self._start(db, oid)
         connection = self._p_jar
         return scheduler.bind(connection.transaction_manager, Caller(connect=lambda: connection))
@@ -523,4 +525,5 @@ def stop_before_close(db: Any) -> None:
 _in_use: dict[tuple[Any, bytes], Scheduler] = {}
 # Database -> oids of the schedulers that were ever in use in this process.
 _used: Any = WeakKeyDictionary()
-_in_use_lock = threading.Lock()
+# One a process: a fork may have copied a lock that is held.
+_in_use_locks: dict[int, threading.Lock] = {}

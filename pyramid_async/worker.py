@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import traceback
 from collections.abc import Callable
 from functools import partial
 from secrets import token_hex
@@ -12,16 +11,23 @@ from typing import Any
 
 from transaction.interfaces import TransientError
 
-from .attempt import LASTING, Attempt, NotDue, NotOurs, Passing, Surroundings, Unreliable
+from .attempt import (
+    LASTING,
+    Attempt,
+    NotDue,
+    NotOurs,
+    Passing,
+    Surroundings,
+    Unreliable,
+)
 from .current import Changes, Job
+from .failures import failure_of, members, text_of
 from .interfaces import (
     JobDismissed,
     JobFailed,
     JobInterrupted,
     JobStopped,
     JobTaken,
-    NotSchedulable,
-    OperationFailed,
 )
 from .jobs import (
     ACCEPTED,
@@ -47,10 +53,6 @@ LONGEST_DELAY = 300.0
 
 # At least so many attempts are remembered after their end.
 REMEMBERED = 100
-
-# Characters that are kept of an exception: an error may quote a whole document.
-TEXT_LIMIT = 8_000
-TRACEBACK_LIMIT = 32_000
 
 
 class Worker:
@@ -262,7 +264,7 @@ class Worker:
                 if isinstance(error, Passing):
                     self._fail(job, error.__cause__ or error)
                 else:
-                    self._fail(job, error, self.store.explain(error))
+                    self._fail(job, error, failure_of(error, self.store.explain(error)))
             except JobTaken as error:
                 log.info("%s", error)
             except JobDismissed as error:
@@ -272,7 +274,7 @@ class Worker:
                 log.info("job %r is given back: %s", job.sid, error)
                 transact(self.store, lambda table: self._release(job, table))
             except BaseException as error:
-                self._fail(job, error)
+                self._fail(job, error, job.failure)
             else:
                 self._tell(job, SUCCESSFUL)
             return
@@ -293,9 +295,9 @@ class Worker:
 
     # -- after a failure
 
-    def _fail(self, job: Job, error: BaseException, message: str | None = None) -> None:
+    def _fail(self, job: Job, error: BaseException, failure: Failure | None = None) -> None:
         """Record the failure in a transaction of its own; the job's effects are gone."""
-        failure = failure_of(error, message)
+        failure = failure or failure_of(error)
         # Logged before the commit, for whoever sees the errorID may look for it at once.
         self._log_failure(job, error, failure)
         record = partial(self._record_failure, job, error, failure)
@@ -356,13 +358,15 @@ class Worker:
     def _may_retry(self, record: JobRecord, error: BaseException) -> bool:
         chosen = record.option("retry_on", ())
         return record.attempts < record.option("max_attempts", self.max_attempts) and any(
-            class_name(kind) in chosen for kind in type(error).__mro__
+            class_name(kind) in chosen for one in members(error) for kind in type(one).__mro__
         )
 
     def _storable(self, error: BaseException, table: Any) -> Any:
         try:
             return self.store.pack(error, table)
-        except NotSchedulable:
+        except TransientError:
+            raise
+        except BaseException:
             return self.store.pack(JobFailed(type(error).__name__, text_of(error)), table)
 
     # -- give back
@@ -439,22 +443,3 @@ class Conflicts:
         if self.spoilt >= 3 or self.tried - self.spoilt >= self.limit:
             return None
         return next(backoff(1, max(0.01, elapsed) * 2**self.tried, most=LONGEST_PAUSE))
-
-
-def text_of(error: BaseException) -> str:
-    try:
-        return str(error)[:TEXT_LIMIT]
-    except Exception as second:
-        return f"(its text raises {type(second).__name__})"
-
-
-def failure_of(error: BaseException, message: str | None = None) -> Failure:
-    """Return what is kept of an exception, for operators and for the user."""
-    lines = traceback.format_exception(error)
-    return Failure(
-        type(error).__name__,
-        message or text_of(error),
-        "".join(part[-TEXT_LIMIT:] for part in lines)[-TRACEBACK_LIMIT:],
-        token_hex(6),
-        text_of(error) if isinstance(error, OperationFailed) else None,
-    )

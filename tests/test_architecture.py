@@ -37,8 +37,9 @@ MAP = {
         "interfaces jobs process conflicts context transactional zeo",
         "BTrees persistent ZODB zope",
     ),
-    "attempt": ("interfaces jobs process transactional current", "transaction ZODB"),
-    "worker": ("interfaces jobs transactional current attempt", "transaction"),
+    "failures": ("interfaces jobs", ""),
+    "attempt": ("interfaces jobs process transactional current failures", "transaction ZODB"),
+    "worker": ("interfaces jobs transactional current failures attempt", "transaction"),
     "threads": ("interfaces jobs process attempt worker", "transaction zope"),
     "recovery": ("interfaces jobs process transactional", "persistent transaction"),
     "scheduler": (

@@ -29,11 +29,11 @@ from pyramid_async import (
     current_job,
 )
 from pyramid_async.attempt import Attempt
+from pyramid_async.failures import TEXT_LIMIT, TRACEBACK_LIMIT
 from pyramid_async.interfaces import NotSchedulable
 from pyramid_async.jobs import ACCEPTED, RUNNING, Live
 from pyramid_async.recovery import Sign
 from pyramid_async.transactional import LONGEST_PAUSE
-from pyramid_async.worker import TEXT_LIMIT, TRACEBACK_LIMIT
 from pyramid_async.zodb import ZodbStore
 
 CALLS = defaultdict(list)  # key of a test -> what its jobs noted
