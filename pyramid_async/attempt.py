@@ -199,7 +199,7 @@ class Attempt:
 
     def _set_up(self, job: Job, record: JobRecord, table: Any) -> None:
         job.attempt = record.attempts + (record.status == ACCEPTED)
-        job.revision = record.revision
+        job.revision, job.reached = record.revision, True
         job.cursor = None if record.cursor is None else self.store.unpack(record.cursor, table)
         job.commit_checkpoint = self._checkpoint
         if not job.begun:

@@ -85,7 +85,7 @@ class Ring(NamedTuple):
     sid: str
     queue: str
     bell: str
-    unless_others_wait: bool  # in the queue, the job's own among them perhaps
+    most_waiting: int | None = None  # only if the queue has no more: the job's own may wait
 
 
 class Bells:
@@ -123,11 +123,11 @@ class Bells:
         return time.monotonic() - self._rung.get(sid, -PAUSE) < PAUSE
 
     def ring(
-        self, sid: str, queue_name: str | None, bell: str, unless_others_wait: bool = False
+        self, sid: str, queue_name: str | None, bell: str, most_waiting: int | None = None
     ) -> None:
         """Have a message sent; never wait."""
         if self.room():  # else recovery rings later
-            self._waiting.put(Ring(sid, queue_name or self.default_queue, bell, unless_others_wait))
+            self._waiting.put(Ring(sid, queue_name or self.default_queue, bell, most_waiting))
             self._note(sid)
 
     def stop(self, timeout: float) -> None:
@@ -204,7 +204,7 @@ class Bells:
             self._confirm()
 
     def _send_one(self, ring: Ring) -> None:
-        if ring.unless_others_wait and self._others_wait(ring):
+        if ring.most_waiting is not None and self._others_wait(ring, ring.most_waiting):
             self._rung.pop(ring.sid, None)
         else:
             self._passed_over.pop(ring.sid, None)
@@ -250,12 +250,12 @@ class Bells:
             self._unconfirmed.clear()
         self._confirmed = time.monotonic()
 
-    def _others_wait(self, ring: Ring) -> bool:
+    def _others_wait(self, ring: Ring, most: int) -> bool:
         """Say whether the queue is still being worked off, the job's own bell in it.
 
         Every process looks for jobs that nobody began: while the workers are behind or down,
-        they would fill the queue with copies.  Where it holds more messages than there are such
-        jobs, copies are among them, and no more are made.
+        they would fill the queue with copies.  Where it holds more messages than *most*, the
+        number of such jobs, copies are among them, and no more are made.
         """
         length = self._length(ring.queue)
         if not length:
@@ -265,7 +265,10 @@ class Bells:
         now = time.monotonic()
         since, _ = self._passed_over.get(ring.sid, (now, now))
         self._passed_over[ring.sid] = since, now
-        return now - since < PASSED_OVER or length > len(self._passed_over)
+        if now - since < PASSED_OVER or length > most:
+            return True
+        self._lengths[ring.queue] = self._lengths[ring.queue][0], length + 1
+        return False
 
     def _length(self, queue_name: str) -> int:
         when, length = self._lengths.get(queue_name, (-LENGTH_KNOWN, 0))

@@ -92,6 +92,7 @@ class CeleryExecutor:
         self.recovery: Any = None
         self.stopped = threading.Event()
         self.suspended = False
+        self.unbegun = 0
         self.ends = False  # no more jobs are begun, and the present ones are told
         self.held = worker.running  # nothing waits here
         self.bells = make_bells()
@@ -133,7 +134,7 @@ class CeleryExecutor:
         """
         if seen is None:
             if not self.bells.rung(sid):
-                self._ring(sid, queue, AGAIN, unless_others_wait=True)
+                self._ring(sid, queue, AGAIN, self.unbegun)
         elif seen == FRESH:
             self._ring(sid, queue or self._queue_of(sid), AGAIN)
         elif self.worker.free(sid, seen):
@@ -149,11 +150,11 @@ class CeleryExecutor:
         return name
 
     def _ring(
-        self, sid: str, queue: str | None, bell: str, unless_others_wait: bool = False
+        self, sid: str, queue: str | None, bell: str, most_waiting: int | None = None
     ) -> None:
         if self._pid != os.getpid():
             self.start()
-        self.bells.ring(sid, queue, bell, unless_others_wait)
+        self.bells.ring(sid, queue, bell, most_waiting)
 
     def room(self) -> int:
         """See IExecutor."""
@@ -169,12 +170,16 @@ class CeleryExecutor:
             return
         timeout = RECORD_TIMEOUT_AGAIN if again else RECORD_TIMEOUT
         pause, deadline = 0.005, time.monotonic() + timeout
-        while self._takes_jobs() and not self._run(sid, again):
+        while self._takes_jobs() and not self._run(sid, again) and not self._is_known(sid):
             if time.monotonic() + pause > deadline:
                 log.info("no job %r for a bell: removed, expired or forged", sid)
                 return
             time.sleep(pause)
             pause *= 2
+
+    def _is_known(self, sid: str) -> bool:
+        """Say whether there is a record, which may be hidden: of a removed or expired job."""
+        return bool(transact(self.worker.store, lambda table: table.knows(sid)))
 
     def _run(self, sid: str, again: bool) -> bool:
         try:

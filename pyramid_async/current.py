@@ -36,6 +36,7 @@ class Job:
         self.clock = clock
         self.signature = new_id()
         self.begun = False  # the function was called
+        self.reached = False  # the present attempt could read its record
         self.revision: int | None = None  # of the record that the attempt read
         self.checkpoints = 0
         self.commit_checkpoint: Callable[[Any], None] | None = None
@@ -47,6 +48,8 @@ class Job:
         self.deadline: float | None = None  # monotonic
         self.failure: Failure | None = None  # what is kept of what the function raised
         self._interrupt: JobInterrupted | None = None
+        self.ending = threading.Lock()  # held by who records and tells how the attempt ended
+        self.over = False  # that was done
 
     def progress(self, done: float, total: float | None = None, message: Any = None) -> None:
         """Tell how far the job is: *done* of *total* units, or a *message* alone.

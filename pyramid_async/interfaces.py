@@ -367,6 +367,7 @@ class IExecutor(Interface):
     held = Attribute("The sids that wait or run in this process.")
     grace = Attribute("Seconds that recovery leaves a job alone which nobody holds.")
     suspended = Attribute("True while no jobs are to be taken; set by recovery.")
+    unbegun = Attribute("How many due jobs were nobody's at the last look; set by recovery.")
     workers = Attribute("How many jobs may run in this process at one time.")
     max_pending = Attribute("How many jobs may wait in this process, for a worker or their time.")
 

@@ -20,6 +20,9 @@ BEFORE_LIMIT = 1.0
 # An exception raised in their midst would leave them half-way.
 GUARDED = {"BTrees", "ZEO", "ZODB", "persistent", "pyramid_async", "relstorage", "transaction"}
 
+# Those functions of `attempt` that call the job's.
+CALLERS = {"call", "run_body"}
+
 
 class Signals:
     """What Celery tells the process while a job runs in its main thread.
@@ -126,7 +129,7 @@ def in_function(frame: Any) -> bool:
     """Say whether a job's function runs, and no code that must not be interrupted."""
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if module == "pyramid_async.attempt" and frame.f_code.co_name == "_call":
+        if module == "pyramid_async.attempt" and frame.f_code.co_name in CALLERS:
             return True
         if module.partition(".")[0] in GUARDED:
             return False

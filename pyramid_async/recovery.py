@@ -15,6 +15,7 @@ from typing import Any
 
 from persistent import Persistent
 from transaction.interfaces import TransientError
+from ZODB.POSException import ConflictError
 
 from .interfaces import JobTaken
 from .jobs import ACCEPTED, FRESH, JobRecord, Live
@@ -88,6 +89,7 @@ class Recovery:
         self._unlisted_before = self._unlisted  # in the look before
         self._bad: set[str] = set()  # sids whose record could not be read in this look
         self._bad_before = self._bad  # in the look before
+        self._unbegun = 0  # jobs that are due and nobody's, in this look
         self._beating = False
         self._listed: set[str | None] = set()  # signatures in our last sign of life
         self._beats = 0
@@ -154,6 +156,10 @@ class Recovery:
         """Do a step; return False, and log it, when it failed."""
         try:
             step()
+        except ConflictError as error:
+            # With another process that puts the same records away, say.
+            log.info("recovery will %s at another time: %s", STEPS[step.__name__], error)
+            return False
         except Exception:
             log.exception("recovery could not %s; it goes on", STEPS[step.__name__])
             return False
@@ -240,7 +246,7 @@ class Recovery:
         if not self._beating:
             self._beating, self._shown = True, now
         try:
-            transact(self.store, self._beat)
+            self._listed = transact(self.store, self._beat)
         except Exception:
             # By now others take our jobs: what we do with them could not be committed.
             # The failure itself may have taken long, so the clock is asked again.
@@ -256,7 +262,8 @@ class Recovery:
         self.executor.suspended = True
         self.worker.interrupt_all(why)
 
-    def _beat(self, table: Any) -> None:
+    def _beat(self, table: Any) -> set[str | None]:
+        """Write the sign; return the signatures of the attempts that it shows."""
         sign = table.sign(self.store.process)
         if sign is None:
             sign = Sign(process_name())
@@ -268,7 +275,7 @@ class Recovery:
         sign.running = {sid: job.live() for sid, job in list(self.worker.running.items())}
         # What had not begun cannot be seen by them.
         begun = (live for live in sign.running.values() if live.revision is not None)
-        self._listed = {live.signature for live in begun}
+        return {live.signature for live in begun}
 
     def _fall_silent(self, table: Any) -> None:
         table.remove_sign(self.store.process)
@@ -296,10 +303,13 @@ class Recovery:
     def _look(self, table: Any) -> dict[str, float]:
         """Rescue what is lost; return what ended: sid -> seconds since then."""
         now = self.store.clock()
+        self._unbegun = 0
         looked = (
             (sid, self._inspect(sid, record, table, now)) for sid, record in table.all_unfinished()
         )
-        return {sid: age for sid, age in looked if age is not None}
+        ended = {sid: age for sid, age in looked if age is not None}
+        self.executor.unbegun = self._unbegun
+        return ended
 
     def _inspect(self, sid: str, record: Any, table: Any, now: float) -> float | None:
         """Rescue the job if it is lost; return the seconds since its end, if it ended."""
@@ -322,7 +332,9 @@ class Recovery:
     def _rescue(self, record: JobRecord, table: Any) -> None:
         sid, queue = record.sid, record.option("queue")
         holder = record.holder or table.runner(record)
-        if holder not in (None, self.store.process):
+        if holder is None:
+            self._unbegun += 1
+        elif holder != self.store.process:
             self._holders.add(holder)
         if sid in self.executor.held or not self.executor.room():
             return
@@ -339,7 +351,8 @@ class Recovery:
         if holder is None:
             # Clocks of other machines are believed in this alone: whether to wait a little.
             since = max(record.updated, record.run_after or 0.0)
-            return bool(since + self.executor.grace <= self.store.clock())
+            # One that is ahead by more than that is wrong.
+            return bool(abs(self.store.clock() - since) >= self.executor.grace)
         if holder == self.store.process:
             return True  # an attempt of ours ended without a word
         if self.store.exclusive:

@@ -103,6 +103,7 @@ class ManualExecutor:
     max_pending = 10_000
     grace = 0.0
     suspended = False
+    unbegun = 0
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.worker = scheduler.worker

@@ -25,7 +25,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import wraps
-from time import sleep
+from time import monotonic, sleep
 from types import MethodType
 from typing import Any, ParamSpec, TypeVar
 from weakref import WeakSet
@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 
 # Longest pause between two attempts at a conflicting commit, seconds.
 LONGEST_PAUSE = 5.0
+
+# Seconds after which `transact` repeats nothing: a server that is away was waited for already.
+PATIENCE = 5.0
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -293,7 +296,7 @@ def transact(store: Any, work: Callable[[Any], Any], attempts: int = 5) -> Any:
     Commits.  Conflicts are tried again, *attempts* times in all; so *work* must find its own
     earlier work done, should the reply to a commit be lost.
     """
-    pauses = backoff(attempts - 1, 0.01, most=LONGEST_PAUSE)
+    pauses, begun = backoff(attempts - 1, 0.01, most=LONGEST_PAUSE), monotonic()
     while True:
         tm = OwnManager()
         tm.begin()
@@ -304,7 +307,7 @@ def transact(store: Any, work: Callable[[Any], Any], attempts: int = 5) -> Any:
         except TransientError:
             tm.abort()
             pause = next(pauses, None)
-            if pause is None:
+            if pause is None or monotonic() - begun > PATIENCE:
                 raise
         except BaseException:
             tm.abort()

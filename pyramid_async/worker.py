@@ -168,9 +168,13 @@ class Worker:
     def fail(self, sid: str, reason: JobInterrupted) -> None:
         """End the job if it runs here, for it is about to be killed; its attempt conflicts."""
         job = self.running.get(sid)
-        if job is not None:
-            job.interrupt(reason)
-            self._fail(job, reason)
+        if job is None:
+            return
+        job.interrupt(reason)
+        with job.ending:
+            if not job.over:
+                self._fail(job, reason)
+                job.over = True
 
     # -- claim
 
@@ -248,40 +252,69 @@ class Worker:
         conflicts = Conflicts(self.conflict_attempts)
         while True:
             begun = time.monotonic()
-            try:
-                self._attempt(job)
-            except NotOurs as error:
+            error = self._attempt(job)
+            with job.ending:
+                if job.over:
+                    return  # `fail` has recorded and told it
+                pause = self._conclude(job, error, conflicts, time.monotonic() - begun)
+                job.over = pause is None
+            if pause is None:
+                return
+            time.sleep(pause)
+
+    def _attempt(self, job: Job) -> BaseException | None:
+        """Make one attempt; return what it raised."""
+        job.reached = False
+        try:
+            surroundings = self.surroundings()
+            self.attempt(job, self.store, surroundings, self.result_timeout, self._begun).run()
+        except BaseException as error:
+            return error
+        return None
+
+    def _conclude(
+        self, job: Job, error: BaseException | None, conflicts: Conflicts, elapsed: float
+    ) -> float | None:
+        """Record and tell how an attempt ended, or return the seconds until the next one."""
+        match error:
+            case None:
+                self._tell(job, SUCCESSFUL)
+            case NotOurs():
                 self._not_ours(job, error.args[0])
-            except NotDue as error:
+            case NotDue():
                 self.later(error.args[0], job.sid)
-            except TransientError as error:
-                pause = conflicts.pause(job.checkpoints, time.monotonic() - begun, error)
-                if pause is not None:
+            case TransientError():
+                pause = conflicts.pause(job.checkpoints, elapsed, error)
+                if pause is None:
+                    self._after_last(job, error)
+                else:
                     why = self.store.explain(error)
                     log.info("job %r: again in %.2f s after %s", job.sid, pause, why)
-                    time.sleep(pause)
-                    continue
-                if isinstance(error, Passing):
-                    self._fail(job, error.__cause__ or error)
-                else:
-                    self._fail(job, error, failure_of(error, self.store.explain(error)))
-            except JobTaken as error:
+                return pause
+            case JobTaken():
                 log.info("%s", error)
-            except JobDismissed as error:
+            case JobDismissed():
                 log.info("%s", error)
                 transact(self.store, lambda table: self._dismiss(job, table))
-            except JobStopped as error:
-                log.info("job %r is given back: %s", job.sid, error)
-                transact(self.store, lambda table: self._release(job, table))
-            except BaseException as error:
+            case JobStopped():
+                self._return(job, error)
+            case _:
                 self._fail(job, error, job.failure)
-            else:
-                self._tell(job, SUCCESSFUL)
-            return
+        return None
 
-    def _attempt(self, job: Job) -> None:
-        surroundings = self.surroundings()
-        self.attempt(job, self.store, surroundings, self.result_timeout, self._begun).run()
+    def _after_last(self, job: Job, error: TransientError) -> None:
+        """Fail a job that met too many conflicts."""
+        if not job.reached:
+            # No fault of the job, which the storage did not even let begin.
+            self._return(job, error)
+        elif isinstance(error, Passing):
+            self._fail(job, error.__cause__ or error)
+        else:
+            self._fail(job, error, failure_of(error, self.store.explain(error)))
+
+    def _return(self, job: Job, why: Any) -> None:
+        log.info("job %r is given back: %s", job.sid, why)
+        transact(self.store, lambda table: self._release(job, table))
 
     def _begun(self, job: Job) -> None:
         self.tell(job.sid, RUNNING)

@@ -6,6 +6,7 @@ the very files that the guide shows, on RabbitMQ, Redis, ZEO and PostgreSQL.
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -140,7 +141,7 @@ def test_publishing_gives_a_black_hole_up_in_about_a_second(scheme, black_hole):
 def seconds_until_given_up(ringer):
     begun = time.monotonic()
     with pytest.raises(Exception, match=r"(?i)time"):
-        ringer._pass_on([Ring("0" * 32, "queue", BELL, False)])
+        ringer._pass_on([Ring("0" * 32, "queue", BELL)])
     return time.monotonic() - begun
 
 
@@ -288,7 +289,7 @@ def test_recovery_rings_again_where_the_queue_is_empty_and_not_where_bells_wait(
         assert len(messages(queue, broker)) == 1
         late = Bells(broker, queue, 10)
         late.start()
-        late.ring(sid, None, AGAIN, unless_others_wait=True)
+        late.ring(sid, None, AGAIN, most_waiting=1)
         late.stop(5)
         assert len(messages(queue, broker)) == 1
 
@@ -298,7 +299,7 @@ def test_a_job_that_is_passed_over_for_long_is_rung_for_all_the_same(broker, mon
     with client(broker) as web:
         executor = web.scheduler.executor
         sid = sid_of(web.start(echo))
-        executor.bells.ring(sid, None, AGAIN, unless_others_wait=True)
+        executor.bells.ring(sid, None, AGAIN, most_waiting=1)
         executor.stop(5)
         assert len(messages(web.scheduler.settings["celery.queue"], broker)) == 2
 
@@ -308,13 +309,13 @@ def test_copies_of_bells_do_not_pile_up_while_workers_are_behind(broker, monkeyp
     monkeypatch.setattr(bells, "time", SimpleNamespace(monotonic=clock))
     ringer, queue = Bells(broker, "queue", 10), uuid4().hex
     jobs = [f"{number:032}" for number in range(3)]
-    ringer._pass_on([Ring(job, queue, BELL, False) for job in jobs])
+    ringer._pass_on([Ring(job, queue, BELL) for job in jobs])
 
     def pass_time(seconds, jobs):
         for _ in range(0, seconds, 10):
             clock.now += 10
             for job in jobs:
-                ringer._pass_on([Ring(job, queue, AGAIN, True)])
+                ringer._pass_on([Ring(job, queue, AGAIN, len(jobs))])
 
     pass_time(3600, jobs)
     assert set(ringer._passed_over) == set(jobs)
@@ -366,7 +367,7 @@ class Closed:
 def test_a_bell_outlives_a_connection_that_was_closed(broker):
     ringer, queue = Bells(broker, "queue", 10), uuid4().hex
     ringer._connection = ringer._producer = Closed()
-    ringer._pass_on([Ring("a" * 32, queue, BELL, False)])
+    ringer._pass_on([Ring("a" * 32, queue, BELL)])
     # The broker may have got both, for all that is known.
     assert [task for _, _, task in messages(queue, broker)] == [AGAIN]
 
@@ -376,7 +377,7 @@ def test_all_bells_that_a_closed_connection_may_have_lost_are_sent_again(broker,
     ringer, queue = Bells(broker, "queue", 10), uuid4().hex
     ringer._confirmed = time.monotonic()
     for number in range(3):
-        ringer._pass_on([Ring(f"{number:032}", queue, BELL, False)])
+        ringer._pass_on([Ring(f"{number:032}", queue, BELL)])
     assert len(messages(queue, broker)) == 3
     ringer._connection = ringer._producer = Closed()
     ringer._pass_on([])
@@ -396,7 +397,7 @@ def test_what_was_sent_is_asked_for_when_no_other_bell_comes(broker):
 def test_what_was_sent_is_asked_for_while_bells_come(broker, monkeypatch):
     monkeypatch.setattr(bells, "CONFIRM", 0)
     ringer = Bells(broker, uuid4().hex, 10)
-    ringer._pass_on([Ring("a" * 32, "queue", BELL, False)])
+    ringer._pass_on([Ring("a" * 32, "queue", BELL)])
     assert ringer._unconfirmed == []
 
 
@@ -405,7 +406,7 @@ def test_bells_are_json_whatever_the_process_does_with_kombu(broker, monkeypatch
     monkeypatch.setattr(registry, "_default_content_type", "application/x-python-serialize")
     monkeypatch.setattr(registry, "_default_content_encoding", "binary")
     ringer, queue = Bells(broker, "queue", 10), uuid4().hex
-    ringer._pass_on([Ring("a" * 32, queue, BELL, False)])
+    ringer._pass_on([Ring("a" * 32, queue, BELL)])
     [(body, kind, _)] = messages(queue, broker)
     assert (kind, json.loads(body)[0]) == ("application/json", ["a" * 32])
 
@@ -470,7 +471,7 @@ def test_a_queue_that_the_broker_refuses_keeps_no_other_bell_waiting(broker, cap
 
     def ring(*names):
         for name in names:
-            ringer.ring(f"{name:f>32}", name, AGAIN, unless_others_wait=True)
+            ringer.ring(f"{name:f>32}", name, AGAIN, most_waiting=1)
             assert ringer._next()
 
     ring("refused", "refused", "refused", ringer.default_queue)
@@ -531,7 +532,7 @@ def test_a_bell_is_rung_again_where_there_is_no_queue_yet(broker):
 
 def test_what_is_remembered_of_bells_has_a_bound(broker):
     ringer, queue = Bells(broker, uuid4().hex, 3), uuid4().hex
-    ringer._pass_on([Ring("a" * 32, queue, BELL, False)])
+    ringer._pass_on([Ring("a" * 32, queue, BELL)])
     for number in range(20):
         ringer.ring(f"{number:032}", queue, BELL)
         ringer._waiting.get_nowait()
@@ -659,7 +660,7 @@ def test_nothing_but_its_name_and_id_is_obeyed_of_a_bell(broker):
 
 def test_the_bells_that_are_sent_here_and_those_of_celery_pass(broker):
     ringer, queue = Bells(broker, "queue", 10), uuid4().hex
-    ringer._pass_on([Ring("a" * 32, queue, BELL, False), Ring("b" * 32, queue, AGAIN, False)])
+    ringer._pass_on([Ring("a" * 32, queue, BELL), Ring("b" * 32, queue, AGAIN, False)])
     with connect(broker) as connection:
         bell.apply_async(("c" * 32,), queue=queue, connection=connection)
         passed = [passed_on(connection, queue) for _ in range(3)]
@@ -741,6 +742,12 @@ def get_signal(number):
         time.sleep(0.005)
 
 
+async def get_signal_in_a_coroutine(number):
+    os.kill(os.getpid(), number)
+    while True:
+        await asyncio.sleep(0.005)
+
+
 STORAGE = {"__name__": "ZODB.storage"}
 exec("import os\ndef commit(number): os.kill(os.getpid(), number); done.append(1)", STORAGE)
 
@@ -765,7 +772,9 @@ def answered(web, function, *arguments):
     return web.scheduler.transact(lambda s: s.status(sid))
 
 
-@pytest.mark.parametrize("function", [get_signal, get_signal_in_the_storage])
+@pytest.mark.parametrize(
+    "function", [get_signal, get_signal_in_the_storage, get_signal_in_a_coroutine]
+)
 def test_the_soft_limit_fails_a_job_that_never_checks(function, child, broker):
     with client(broker) as web:
         status = answered(web, function, int(signal.SIGUSR1))
@@ -775,7 +784,9 @@ def test_the_soft_limit_fails_a_job_that_never_checks(function, child, broker):
         assert child.reached == []
 
 
-@pytest.mark.parametrize("function", [get_signal, get_signal_in_the_storage])
+@pytest.mark.parametrize(
+    "function", [get_signal, get_signal_in_the_storage, get_signal_in_a_coroutine]
+)
 def test_a_process_that_is_told_to_end_gives_its_job_back_first(function, child, broker):
     with client(broker) as web:
         status = answered(web, function, int(signal.SIGTERM))
@@ -1138,10 +1149,10 @@ IMPATIENT = {"heartbeat": 0.5, "lease": 2}
 def test_a_new_connection_makes_the_queue_anew():
     ringer, queue = Bells(RABBITMQ, "queue", 10), f"test-{uuid4().hex}"
     for _ in range(2):
-        ringer._pass_on([Ring("a" * 32, queue, BELL, False)])
+        ringer._pass_on([Ring("a" * 32, queue, BELL)])
         remove_queue(queue, RABBITMQ)
         ringer._disconnect()
-    ringer._pass_on([Ring("a" * 32, queue, BELL, False)])
+    ringer._pass_on([Ring("a" * 32, queue, BELL)])
     assert len(messages(queue, RABBITMQ)) == 1
     ringer._disconnect()
     remove_queue(queue, RABBITMQ)
