@@ -660,7 +660,7 @@ def test_nothing_but_its_name_and_id_is_obeyed_of_a_bell(broker):
 
 def test_the_bells_that_are_sent_here_and_those_of_celery_pass(broker):
     ringer, queue = Bells(broker, "queue", 10), uuid4().hex
-    ringer._pass_on([Ring("a" * 32, queue, BELL), Ring("b" * 32, queue, AGAIN, False)])
+    ringer._pass_on([Ring("a" * 32, queue, BELL), Ring("b" * 32, queue, AGAIN)])
     with connect(broker) as connection:
         bell.apply_async(("c" * 32,), queue=queue, connection=connection)
         passed = [passed_on(connection, queue) for _ in range(3)]
