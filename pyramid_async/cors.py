@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from copy import copy
 from typing import Any
 
 from pyramid.exceptions import ConfigurationError, URLDecodeError
@@ -119,8 +120,9 @@ class Tween:
     def match(self, request: Any, method: str) -> Any:
         """Return the route that the router would find for *method*, or None."""
         mapper = self.registry.queryUtility(IRoutesMapper)
-        probe = type(request)({**request.environ, "REQUEST_METHOD": method})
-        probe.registry = self.registry
+        # With what other tweens and the application's request methods gave it: predicates ask.
+        probe = copy(request)
+        probe.__dict__["environ"] = {**request.environ, "REQUEST_METHOD": method}
         try:
             return mapper(probe)["route"]
         except URLDecodeError:

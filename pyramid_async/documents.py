@@ -53,15 +53,17 @@ def document(request: Any, job: JobStatus, value: Any = NOTHING) -> dict[str, An
     return shown
 
 
-def links(request: Any, job: JobStatus) -> list[dict[str, str]]:
+def links(request: Any, job: JobStatus) -> list[dict[str, Any]]:
     href = request.route_url("async.status", sid=job.sid)
-    found = [{"href": href, "rel": "self", "type": JSON}]
+    found: list[dict[str, Any]] = [{"href": href, "rel": "self", "type": JSON}]
     if not job.done:
         found.append({"href": href, "rel": "monitor", "type": JSON})
     if job.status == SUCCESSFUL:
         href = request.route_url("async.results", sid=job.sid)
-        kind = JSON if job.media_type is None else media_type(job.media_type)
-        found.append({"href": href, "rel": RESULTS_REL, "type": kind})
+        found.append({"href": href, "rel": RESULTS_REL, "type": JSON})
+        if job.media_type is not None:
+            # A file may be of JSON too.
+            found[-1].update(type=media_type(job.media_type), download=True)
     return found
 
 

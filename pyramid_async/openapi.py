@@ -198,6 +198,7 @@ OPERATIONS: dict[tuple[str, str], dict[str, Any]] = {
             "400": BAD,
             "404": MISSING,
             "409": answer("`only=cancel`, and the job is finished.", ref("statusInfo")),
+            "412": refusal("If-Match or If-None-Match does not let it be done."),
         },
     },
     ("async.results", "GET"): {
@@ -294,6 +295,7 @@ LINK = {
         "href": {"type": "string", "format": "uri"},
         "rel": {"enum": ["self", "monitor", "next", RESULTS_REL]},
         "type": TEXT,
+        "download": {"const": True, "description": "The result is a file."},
     },
 }
 LINKS = {"type": "array", "items": LINK, "minItems": 1}

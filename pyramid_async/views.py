@@ -121,7 +121,7 @@ def accepted(request: Any, job: JobStatus) -> Any:
 
 def status(request: Any) -> Any:
     """GET, HEAD: the status document."""
-    tags = Tags(request.headers.get("If-None-Match", ""))
+    tags = known_tags(request)
     job, waited = awaited(request, lambda job: job.done or tags.outdated(job))
     fresh = tags.match(job)
     response = Response(status=304) if fresh else json_response(described(request, job))
@@ -151,7 +151,11 @@ def dismiss(request: Any) -> Any:
     only = parameters(request, "only")
     if set(only) - {"cancel"}:
         raise problem(400, detail="only must be cancel")
-    status, last = transact(request, Dismissal(request, find(request).sid, bool(only)))
+    job = find(request)
+    # Entity tags here are weak, and If-Match takes no weak ones (RFC 9110, 13.1.1).
+    if request.headers.get("If-Match", "*").strip() != "*" or known_tags(request).match(job):
+        raise problem(412)
+    status, last = transact(request, Dismissal(request, job.sid, bool(only)))
     return json_response(last, status)
 
 
@@ -252,6 +256,10 @@ _REVISION = re.compile("[0-9]{1,30}")
 
 def etag(job: JobStatus) -> str:
     return f'W/"{job.revision}"'
+
+
+def known_tags(request: Any) -> Tags:
+    return Tags(request.headers.get("If-None-Match", ""))
 
 
 class Tags:

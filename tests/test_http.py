@@ -676,6 +676,19 @@ def test_delete_removes_a_dismissed_job(web, at_gate):
     web.get(url, status=404)
 
 
+@pytest.mark.parametrize("name", ["If-Match", "If-None-Match"])
+def test_delete_whose_condition_is_false_leaves_the_job_alone(web, name):
+    url, last = web.finished(echo, "value")
+    tag = web.get(url).headers["ETag"]
+    # Tags are weak, and a weak one matches nothing in If-Match.
+    for value in {"If-Match": ['"old"', tag], "If-None-Match": ["*", tag]}[name]:
+        problem = web.delete(url, headers={name: value}, status=412)
+        assert problem.content_type == "application/problem+json"
+        assert web.get(url, status=200).json == last
+    true = {"If-Match": "*", "If-None-Match": '"old"'}[name]
+    web.delete(url, headers={name: true}, status=200)
+
+
 def test_only_cancel_leaves_a_finished_job_alone(web, at_gate):
     url, last = web.finished(echo, "value")
     assert valid(web.delete(url + "?only=cancel", status=409).json) == last
@@ -1035,6 +1048,34 @@ def test_preflight_asks_neither_policy_nor_database_nor_for_the_job(web, at_gate
     monkeypatch.undo()
     assert answers[0].headerlist == answers[1].headerlist
     assert (Policy.asked, Root.made) == (asked, made)
+
+
+class HasTenant:
+    """A route predicate that asks for what the application has added to its requests."""
+
+    def __init__(self, name, config):
+        self.name = name
+
+    def text(self):
+        return f"has_tenant = {self.name}"
+
+    phash = text
+
+    def __call__(self, info, request):
+        return request.tenant() == self.name
+
+
+def test_predicates_that_ask_for_methods_of_the_request_are_asked_by_options_too():
+    def routes(config):
+        config.add_request_method(lambda request: "ann", "tenant")
+        config.add_route_predicate("has_tenant", HasTenant)
+        config.add_route("thing", "/thing", has_tenant="ann")
+        config.add_view(lambda request: {"a": 1}, route_name="thing", renderer="json")
+        config.add_async_cors("thing", ["GET"])
+
+    with browser(routes=routes) as web:
+        assert web.options("/thing", status=200).json == web.get("/thing").json
+        assert preflight(web, "/thing", "GET").headers["Allow"] == "GET, OPTIONS"
 
 
 def test_plain_options_says_what_is_allowed(web):

@@ -12,11 +12,14 @@ from collections import defaultdict
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import product
+from urllib.parse import quote
 from uuid import uuid4
 
 import pyramid_tm
 import pytest
 import transaction
+import webapp
+import ZODB
 from bare import Events
 from persistent import GHOST, Persistent
 from pyramid.config import Configurator
@@ -27,8 +30,9 @@ from pyramid.threadlocal import get_current_registry, get_current_request
 from pyramid.threadlocal import manager as threadlocals
 from pyramid_zodbconn import get_connection
 from transaction.interfaces import DoomedTransaction, TransientError
-from webapp import GATES, Barrier, Policy, gate
+from webapp import GATES, Barrier, Policy, gate, special
 from webtest import TestApp
+from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import ConflictError, ReadConflictError
 from zope.interface.verify import verifyObject
 
@@ -44,8 +48,9 @@ from pyramid_async import (
     current_job,
 )
 from pyramid_async.context import ObjectGone, PersistentContext
+from pyramid_async.jobs import FINAL
 from pyramid_async.process import TwoConnections
-from pyramid_async.scheduler import Scheduler
+from pyramid_async.scheduler import Scheduler, TransactionalScheduler
 from pyramid_async.transactional import transactional
 
 EXPLICIT = {"tm.manager_hook": "pyramid_tm.explicit_manager"}
@@ -1028,6 +1033,37 @@ def test_result_can_be_read_twice_by_one_request(web):
 
 
 @in_both_stores
+def test_collected_job_goes_although_a_savepoint_took_its_removal_back(web):
+    sid = web.schedule(give, 1)
+    web.wait(sid)
+
+    def collect_and_hesitate(request):
+        scheduler = request.scheduler
+        assert scheduler.get_result(sid) == (1, None)
+        savepoint = request.tm.savepoint()
+        scheduler.remove(sid)
+        savepoint.rollback()
+
+    web.do(collect_and_hesitate)
+    assert web.status(sid) is None
+
+
+def test_result_that_could_not_be_loaded_stays_although_the_reader_commits(zodb, monkeypatch):
+    sid = zodb.schedule(special, "of a class that goes")
+    zodb.wait(sid)
+
+    def try_to_collect(request):
+        with pytest.raises(AttributeError):
+            request.scheduler.get_result(sid)
+
+    with monkeypatch.context() as other_code:
+        other_code.delattr(webapp, "Leaving")
+        zodb.do(try_to_collect)
+    value, _ = zodb.do(lambda request: request.scheduler.get_result(sid))
+    assert type(value) is webapp.Leaving
+
+
+@in_both_stores
 def test_one_of_two_readers_at_once_gets_the_result(web):
     sid = web.schedule(give, 1)
     web.wait(sid)
@@ -1872,6 +1908,16 @@ def test_user_and_host_are_those_of_the_scheduling_request(web):
 
 
 @in_both_stores
+@pytest.mark.parametrize("path", ["/größe", "/日本"])
+def test_script_name_of_the_scheduling_request_may_be_of_any_script(web, path):
+    def schedule(request):
+        return request.scheduler.schedule(look_around, "script_name", "application_url")
+
+    sid = web.do(schedule, SCRIPT_NAME=path.encode().decode("latin-1"))
+    assert web.outcome(sid)[0] == [path, "http://localhost" + quote(path)]
+
+
+@in_both_stores
 def test_job_of_nobody_has_no_user(web):
     assert web.run(look_around, "authenticated_userid") == [None]
 
@@ -2195,6 +2241,53 @@ def test_database_closes_after_an_explicit_manager_was_used(web):
         web.scheduler.using(tm=tm).completed("0" * 32)
     web.executor.stop(2)
     web.databases[""].close()
+
+
+@pytest.fixture
+def run_in_ram():
+    """A function that runs a job without Pyramid, in RAM, and returns its value."""
+    scheduler, ended = TransactionalScheduler(), Events()
+    scheduler.worker.notify = lambda sid, status: status in FINAL and ended[sid].set()
+
+    def run(*args):
+        sid = scheduler.schedule(*args)
+        transaction.commit()
+        assert ended[sid].wait(10), scheduler.status(sid)
+        value, _ = scheduler.get_result(sid)
+        transaction.commit()
+        return value
+
+    yield run
+    transaction.abort()
+    scheduler.stop()
+
+
+@contextmanager
+def thing_of_a_database(name):
+    database = ZODB.DB(MappingStorage())
+    connection = database.open()
+    thing = connection.root()["thing"] = Thing(name)
+    transaction.commit()
+    yield thing
+    connection.close()
+    database.close()
+
+
+def test_scheduler_in_ram_goes_on_without_a_database_that_was_closed(run_in_ram):
+    with thing_of_a_database("first") as thing:
+        assert run_in_ram(Thing.method, thing) == "first"
+    assert run_in_ram(give, 1) == 1
+
+
+@pytest.mark.parametrize(
+    ("f", "wrap"),
+    [(Thing.method, lambda thing: thing), (lambda context: context[0].name, PersistentContext)],
+    ids=["object", "context"],
+)
+def test_scheduler_in_ram_goes_from_a_closed_database_to_another(run_in_ram, f, wrap):
+    for name in ("first", "second"):
+        with thing_of_a_database(name) as thing:
+            assert run_in_ram(f, wrap(thing)) == name
 
 
 def test_work_of_transact_is_repeated_after_a_conflict(zodb):

@@ -6,6 +6,7 @@ where transactions go in turn to two clients, as if two processes shared the sto
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections import OrderedDict, namedtuple
@@ -731,6 +732,18 @@ def test_rollback_brings_back_what_was_removed_since(store):
     assert status_in(store) == ACCEPTED
 
 
+def test_removal_that_was_rolled_back_can_be_done_again(store):
+    """Also by a hook of the commit that has the record of before, as who collects a result."""
+    add(store)
+    with committed(store) as seen:
+        record = seen.get()
+        savepoint = seen.tm.savepoint()
+        seen.table.remove(record)
+        savepoint.rollback()
+        seen.table.remove(record)
+    assert status_in(store) is None
+
+
 def test_changed_record_that_was_rolled_back_is_still_a_fence(store):
     add(store)
     with view(store) as one:
@@ -978,6 +991,29 @@ def test_two_that_take_one_key_conflict(store):
     assert (status_in(store), status_in(store, OTHER)) == (ACCEPTED, None)
 
 
+def test_who_takes_a_key_that_a_rival_took_since_it_was_looked_at_conflicts(store):
+    with view(store) as seen:
+        assert seen.table.keyed("k") is None
+        add_keyed(store, OTHER)
+        seen.table.take_key("k", SID)
+        seen.add(options={"key": "k"})
+        with pytest.raises(TransientError):
+            seen.commit()
+    assert (status_in(store), status_in(store, OTHER)) == (None, ACCEPTED)
+
+
+def test_key_whose_job_ends_while_another_takes_it_makes_no_conflict_in_ram(ram_store):
+    add_keyed(ram_store, OTHER)
+    with committed(ram_store) as seen:
+        assert seen.table.keyed("k") == OTHER
+        with committed(ram_store) as other:
+            finish(other.get(OTHER))
+        seen.table.take_key("k", SID)
+        seen.add(options={"key": "k"})
+    with view(ram_store) as seen:
+        assert seen.table.keyed("k") == SID
+
+
 def test_key_is_not_taken_after_abort_or_rollback(store):
     with committed(store) as seen:
         savepoint = seen.tm.savepoint()
@@ -991,6 +1027,16 @@ def test_key_is_not_taken_after_abort_or_rollback(store):
         seen.tm.abort()
     with view(store) as seen:
         assert seen.table.keyed("k") is None
+
+
+def test_key_of_a_job_that_its_own_transaction_removes_is_free(store):
+    with committed(store) as seen:
+        seen.table.take_key("k", SID)
+        seen.table.remove(seen.add(options={"key": "k"}))
+    assert not getattr(store, "keys", None)
+    add_keyed(store, OTHER)
+    with view(store) as seen:
+        assert seen.table.keyed("k") == OTHER
 
 
 def test_key_of_a_finished_job_can_be_taken_by_another(store):
@@ -1071,6 +1117,31 @@ def test_promises_count_until_their_transaction_ends(clock):
         assert not has_room(store)
         one.tm.abort()
         assert has_room(store)
+
+
+def test_promise_ends_with_the_rollback_of_its_savepoint(clock):
+    store = RamStore(max_pending=2, clock=clock)
+    with view(store) as one:
+        before = one.tm.savepoint()
+        one.add("00")
+        between = one.tm.savepoint()
+        one.add("01")
+        assert not has_room(store)
+        between.rollback()
+        assert (store.promised, has_room(store)) == (1, True)
+        before.rollback()
+        assert store.promised == 0
+
+
+def test_transaction_that_nobody_ends_gives_its_room_back_with_its_manager(clock):
+    """As that of a thread which ended before it."""
+    store = RamStore(max_pending=1, clock=clock)
+    abandoned = View(store)
+    abandoned.add("00")
+    assert not has_room(store)
+    del abandoned
+    gc.collect()
+    assert has_room(store)
 
 
 def finished_in(store, sid, keep):

@@ -608,6 +608,51 @@ def test_locks_of_the_store_that_were_held_at_the_fork_do_not_hold_the_child():
 
 
 @pytest.mark.slow
+def test_first_use_of_a_persistent_scheduler_at_the_fork_does_not_hold_the_child():
+    run = python(
+        """
+        import os, signal, threading, transaction, ZODB
+        from ZODB.MappingStorage import MappingStorage
+        from pyramid_async.scheduler import PersistentTransactionalScheduler
+
+        def use():
+            db = ZODB.DB(MappingStorage())
+            connection = db.open()
+            scheduler = connection.root()["scheduler"] = PersistentTransactionalScheduler()
+            transaction.commit()
+            print(scheduler.completed("00"), flush=True)
+            transaction.abort()
+            connection.close()
+            db.close()
+
+        def start_slowly(self, *args):
+            started.set()
+            assert forked.wait(20)
+            return start(self, *args)
+
+        start, started, forked = PersistentTransactionalScheduler._start, *[
+            threading.Event() for _ in range(2)
+        ]
+        PersistentTransactionalScheduler._start = start_slowly
+        thread = threading.Thread(target=use)
+        thread.start()
+        assert started.wait(20)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(10)
+            PersistentTransactionalScheduler._start = start
+            use()
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        print("child", status)
+        forked.set()
+        thread.join()
+        """
+    )
+    assert run.stdout.split() == ["None", "child", "0", "None"]
+
+
+@pytest.mark.slow
 def test_zodb_that_was_opened_before_the_fork_is_refused_with_an_explanation(tmp_path):
     run = python(
         """

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
+import weakref
 from collections import defaultdict
 from types import SimpleNamespace
 from uuid import uuid4
 
 import pytest
 import transaction
+import ZODB
 from bare import ROOT, LosesReply, Process, memory, process, together
 from persistent import Persistent
 from persistent.mapping import PersistentMapping
 from transaction.interfaces import TransientError
 from webapp import GATES, Barrier, gate
+from ZODB.blob import Blob
+from ZODB.DemoStorage import DemoStorage
 from ZODB.POSException import ConflictError
 
 import pyramid_async.transactional
@@ -29,7 +34,7 @@ from pyramid_async import (
     current_job,
 )
 from pyramid_async.attempt import Attempt
-from pyramid_async.failures import TEXT_LIMIT, TRACEBACK_LIMIT
+from pyramid_async.failures import TEXT_LIMIT, TRACEBACK_LIMIT, members
 from pyramid_async.interfaces import NotSchedulable
 from pyramid_async.jobs import ACCEPTED, RUNNING, Live
 from pyramid_async.recovery import Sign
@@ -64,6 +69,12 @@ def one(request, db):
     """One process; the test runs its jobs by hand."""
     with process(request.param, db) as made:
         yield made
+
+
+@pytest.fixture
+def unlogged(caplog):
+    """What ends a job is not told to pytest, which would describe it, and keep its frames."""
+    caplog.set_level(logging.CRITICAL, "pyramid_async")
 
 
 @pytest.fixture
@@ -147,6 +158,20 @@ def fail_without_arguments(root, key):
 def fail_with_a_long_text(root, key):
     mark(root, key)
     raise ValueError("x" * 1_000_000)
+
+
+def fail_with_a_local(key, how):
+    """Raise what holds an exception whose frame has a local."""
+    try:
+        hold_and_fail(key)
+    except ZeroDivisionError as error:
+        raise how(error)  # noqa: B904 - the context is meant
+
+
+def hold_and_fail(key):
+    local = ArgumentsThatAreNone()
+    CALLS[key].append(weakref.ref(local))
+    raise ZeroDivisionError
 
 
 def meet_a_deadlock(key, times, in_commit=False):
@@ -319,6 +344,25 @@ def fail_for_the_user():
 
 def file_of(content):
     return FileResult(content)
+
+
+def blob_of(root, content):
+    root["blob"] = blob = Blob()
+    with blob.open("w") as file:
+        file.write(content)
+    return FileResult(blob, "text/plain")
+
+
+def sell_out(root):
+    root["lamp"] = PersistentMapping(title="The lamp")
+    raise SoldOut(root)
+
+
+class SoldOut(OperationFailed):
+    """Reads an object when it is asked for its text."""
+
+    def __str__(self):
+        return f"{self.args[0]['lamp']['title']} is sold out."
 
 
 # -- conflicts -----------------------------------------------------------------------------
@@ -597,6 +641,19 @@ def test_file_that_is_neither_bytes_nor_a_blob_fails_its_job(db, kind, content):
         assert (failure.class_name, failure.message[:12]) == ("TypeError", "a FileResult")
 
 
+@pytest.mark.parametrize("kind", ["ram", "zodb"])
+def test_blob_of_a_file_belongs_to_the_readers_connection(kind):
+    db = ZODB.DB(DemoStorage())
+    with process(kind, db) as one:
+        sid = one.run(blob_of, ROOT, b"a,b")
+        with one.transaction() as (table, root):
+            result, _ = one.scheduler.using(tm=table.tm).get_result(sid)
+            assert (result.content._p_jar, result.media_type) == (root._p_jar, "text/plain")
+            with result.content.open() as file:
+                assert file.read() == b"a,b"
+    db.close()
+
+
 def test_failure_that_the_user_reads_is_found_in_a_log_of_warnings(durable, caplog):
     caplog.set_level(logging.WARNING)
     failure = durable.status(durable.run(fail_for_the_user)).failure
@@ -640,24 +697,36 @@ class Carrier(Exception):
         self.thing = thing
 
 
+def in_groups(thing):
+    return ExceptionGroup("outer", [ExceptionGroup("inner", [KeyError(thing)])])
+
+
 def raise_with_object(root, how):
     thing = root["thing"] = PersistentMapping()
     transaction.savepoint()
     del root["thing"]
-    raise how(root if how is ValueError else thing)
+    raise how(thing if how is Carrier else root)
 
 
-@pytest.mark.parametrize("how", [ValueError, Carrier])
+@pytest.mark.parametrize("how", [ValueError, Carrier, in_groups])
 def test_exception_brings_no_object_of_the_jobs_connection(one, how):
     """That connection is another thread's."""
     sid = one.run(raise_with_object, ROOT, how)
     failure = one.status(sid).failure
-    assert failure.class_name == how.__name__
+    assert failure.class_name == type(how("")).__name__
     with one.transaction() as (table, root):
         _, error = one.scheduler.using(tm=table.tm).get_result(sid)
-        objects = [*error.args, *vars(error).values()]
+        objects = [obj for e in members(error) for obj in (*e.args, *vars(e).values())]
         jars = {obj._p_jar for obj in objects if isinstance(obj, Persistent)}
         assert jars <= {root._p_jar, None}
+
+
+@pytest.mark.parametrize("how", [ValueError, Carrier, in_groups])
+def test_ram_keeps_an_exception_that_holds_an_object_by_name_and_text(db, how):
+    with process("ram", db) as one:
+        sid = one.run(raise_with_object, ROOT, how)
+        failure, (_, error) = one.status(sid).failure, one.result(sid)
+        assert (type(error), error.args) == (JobFailed, failure[:2])
 
 
 def test_exception_whose_text_raises_fails_its_job(one, key):
@@ -668,6 +737,42 @@ def test_exception_whose_text_raises_fails_its_job(one, key):
     value, error = one.result(sid)
     assert value is None
     assert isinstance(error, Textless | JobFailed)
+
+
+def odd_syntax_error():
+    """Its facts are no numbers, so its traceback cannot be written."""
+    return SyntaxError("x", ("f", 1, "2", "text"))
+
+
+class TextExits(Exception):
+    def __str__(self):
+        raise SystemExit
+
+
+class PickleExits(Exception):
+    def __reduce__(self):
+        raise SystemExit
+
+
+class NotesFail(Exception):
+    @property
+    def __notes__(self):
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("make", [odd_syntax_error, TextExits, PickleExits, NotesFail])
+def test_exception_that_cannot_be_described_fails_its_job_at_once(one, key, make, unlogged):
+    sid = one.run(mark_and_raise, ROOT, key, make)
+    status, name = one.status(sid), type(make()).__name__
+    assert (status.status, status.failure.class_name, CALLS[key]) == ("failed", name, [1])
+    assert "in mark_and_raise" in status.failure.traceback
+    assert one.told == [(sid, "failed")]
+    assert type(one.result(sid)[1]) in (type(make()), JobFailed)
+
+
+def test_text_of_an_exception_is_read_before_what_the_job_changed_is_gone(one):
+    failure = one.status(one.run(sell_out, ROOT)).failure
+    assert failure.text == failure.message == "The lamp is sold out."
 
 
 @pytest.mark.parametrize(
@@ -688,6 +793,99 @@ def test_exception_keeps_no_frame_and_no_connection_alive(one, key):
     sid = one.run(mark_and_raise, ROOT, key, ZeroDivisionError)
     error = one.result(sid)[1]
     assert (error.__traceback__, error.__context__, error.__cause__) == (None, None, None)
+
+
+def in_list(error):
+    return ValueError([{"why": error}])
+
+
+def in_group(error):
+    return ExceptionGroup("outer", [ExceptionGroup("inner", [error])])
+
+
+@pytest.mark.parametrize("how", [Carrier, in_list, in_group])
+def test_exception_within_an_exception_keeps_no_frame_alive(one, key, how, unlogged):
+    sid = one.run(fail_with_a_local, key, how)
+    gc.collect()
+    [local] = CALLS[key]
+    assert local() is None
+    assert type(one.result(sid)[1]) is type(how(KeyError()))
+
+
+# -- groups of exceptions ------------------------------------------------------------------
+
+
+async def raise_in_a_group(key, times, kind, *args):
+    """Raise in a task of a group, as often as told; return the number of calls."""
+
+    async def task():
+        CALLS[key].append(current_job().attempt)
+        if len(CALLS[key]) <= times:
+            raise kind(*args)
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(task())
+    return len(CALLS[key])
+
+
+def raise_together(key, *errors):
+    CALLS[key].append(current_job().attempt)
+    raise BaseExceptionGroup("outer", [KeyError(), BaseExceptionGroup("inner", errors)])
+
+
+def test_dismissal_in_a_group_dismisses_the_job(one, key):
+    sid = one.run(raise_in_a_group, key, 1, JobDismissed, "not wanted")
+    assert (one.status(sid).status, CALLS[key], one.told) == ("dismissed", [1], [])
+
+
+def test_conflict_in_a_group_is_tried_again(one, key, pauses):
+    sid = one.run(raise_in_a_group, key, 2, ConflictError)
+    assert (one.result(sid), CALLS[key]) == ((3, None), [1, 1, 1])
+
+
+def test_attempt_that_is_stopped_in_a_group_is_given_back(one, key):
+    sid = one.run(raise_in_a_group, key, 1, JobStopped, "the process stops")
+    assert (one.status(sid).status, one.record(sid).get("attempts", 0)) == (ACCEPTED, 0)
+    one.worker.run(sid, None)
+    assert (one.result(sid), CALLS[key]) == ((2, None), [1, 1])
+
+
+def test_failure_for_the_user_in_a_group_is_the_jobs_own(one, key):
+    sid = one.run(raise_in_a_group, key, 1, OperationFailed, "This file is damaged.")
+    failure, (_, error) = one.status(sid).failure, one.result(sid)
+    assert (failure.class_name, failure.text) == ("OperationFailed", "This file is damaged.")
+    assert (type(error), str(error)) == (OperationFailed, "This file is damaged.")
+
+
+def test_error_of_retry_on_is_found_in_a_group(one, key):
+    sid = one.run(raise_in_a_group, key, 1, UnicodeError, "x", retry_on=ValueError)
+    assert one.status(sid).status == ACCEPTED
+    one.record(sid, run_after=None)
+    one.worker.run(sid)
+    assert (one.result(sid), CALLS[key]) == ((2, None), [1, 2])
+
+
+def test_group_in_which_nothing_decides_is_the_exception_of_the_job(one, key):
+    sid = one.run(raise_in_a_group, key, 1, ValueError, "x", retry_on=KeyError)
+    assert one.status(sid).failure.class_name == "ExceptionGroup"
+    _, group = one.result(sid)
+    assert type(group) is ExceptionGroup
+    assert [repr(error) for error in group.exceptions] == ["ValueError('x')"]
+
+
+@pytest.mark.parametrize(
+    ("errors", "status", "calls"),
+    [
+        ([OperationFailed("x"), ConflictError(), JobDismissed("y")], "dismissed", 1),
+        ([OperationFailed("x"), ConflictError()], "failed", 10),
+        ([ValueError("z"), OperationFailed("x")], "failed", 1),
+    ],
+)
+def test_of_a_group_a_dismissal_counts_before_a_conflict_and_that_before_a_failure(
+    one, key, pauses, errors, status, calls
+):
+    sid = one.run(raise_together, key, *errors)
+    assert (one.status(sid).status, len(CALLS[key])) == (status, calls)
 
 
 # -- replies that are lost -----------------------------------------------------------------

@@ -7,6 +7,8 @@ export interface Link {
   href: string;
   rel: string;
   type?: string;
+  /** True for the results link of a file, which may be of JSON too. */
+  download?: boolean;
 }
 
 /** What went wrong, in the server's words (RFC 9457). */

@@ -70,8 +70,8 @@ export async function cancel(location, options = {}) {
   const url = query(absolute(location), "only", "cancel");
   const answer = await ask(url, options, { method: "DELETE" }, PATIENCE);
   // 409: it had finished before, and the document says how.
-  if (answer.response.ok || answer.body?.jobID) return answer.body;
-  throw refusal(answer);
+  if (answer.body?.jobID) return answer.body;
+  throw answer.response.ok ? trouble(`There is no job at ${url}.`, 200) : refusal(answer);
 }
 
 async function outcome(job, url, options) {
@@ -81,11 +81,14 @@ async function outcome(job, url, options) {
 
 /** Return a result that is too large for the document; of a file, the link to it. */
 async function fetched(link, url, options) {
-  if (!isJson(link?.type)) return link;
+  if (link?.download || !isJson(link?.type)) return link;
   const href = new URL(link.href, url);
   return insist(options, async () => {
     const answer = await ask(href, options, { large: true }, PATIENCE);
     if (!answer.response.ok) throw refusal(answer);
+    // Such as the form of a login, where a redirect led to.
+    const isOther = answer.body === undefined && answer.response.status !== 204;
+    if (isOther) throw trouble(`There is no result at ${href}.`, 200);
     return answer.body;
   });
 }
@@ -100,6 +103,8 @@ function dismissal() {
 /** One job, looked at until it is done. */
 class Watch {
   constructor(url, options) {
+    const { headers, credentials } = options;
+    new Request(url, { headers, credentials }); // what no attempt could send is thrown here
     this.url = url;
     this.options = options;
     this.since = now();
@@ -284,7 +289,13 @@ function secondsOf(response) {
 const isJson = (type) => /^application\/([\w.+-]+\+)?json\b/i.test(type ?? "");
 const linked = (job, rel) => job?.links?.find((link) => link.rel === rel);
 const base = () => globalThis.document?.baseURI ?? globalThis.location?.href;
-const absolute = (url) => new URL(url, base()).href;
+
+/** Return the address without the credentials that a page's may have: fetch takes none. */
+function absolute(url) {
+  const found = new URL(url, base());
+  found.username = found.password = "";
+  return found.href;
+}
 
 function query(url, name, value) {
   const result = new URL(url);
@@ -543,8 +554,9 @@ export class AsyncJobElement extends Base {
     const url = new URL(link.href, absolute(this.src));
     if (!/^https?:$/.test(url.protocol)) return;
     result.href = url.href;
-    result.textContent = isJson(link.type) ? texts.result : texts.file;
-    result.toggleAttribute("download", !isJson(link.type));
+    const isFile = link.download || !isJson(link.type);
+    result.textContent = isFile ? texts.file : texts.result;
+    result.toggleAttribute("download", isFile);
     result.hidden = false;
   }
 

@@ -122,6 +122,42 @@ test("a large result is fetched and a file is given as its link", LIMIT, async (
   const file = await started(page, "/probe/file");
   assert.equal(file.result.type, "text/csv");
   assert.match(file.result.href, /\/results$/);
+  const lines = await started(page, "/probe/json_lines");
+  assert.deepEqual([lines.result.type, lines.result.download], ["application/json", true]);
+});
+
+/** Answer as a login does where a session is over, in place of the server. */
+const login = (route) => route.fulfill({ contentType: "text/html", body: "<h1>Who are you?</h1>" });
+
+test("a page of another kind is neither a cancelled job nor a large result", LIMIT, async () => {
+  const { page } = await visit();
+  const path = await server.job("work", { seconds: 20, steps: 100 });
+  await page.route("**/async/*?only=cancel", login, { times: 1 });
+  const refused = await page.evaluate(
+    (path) => client.cancel(path, { token }).then(() => "cancelled", ({ name }) => name),
+    path,
+  );
+  assert.equal(refused, "JobProblem");
+  await page.evaluate((path) => client.cancel(path, { token }), path);
+  await page.route("**/async/*/results", login);
+  const { error } = await started(page, "/probe/large", { size: 200_000 });
+  assert.match(error.message, /no result/);
+});
+
+test("an address with a password is asked without it, and what cannot be sent rejects", LIMIT, async () => {
+  const { page } = await visit();
+  const path = await server.job("work", { seconds: 0 });
+  const result = await page.evaluate((path) => {
+    const url = new URL(path, location);
+    url.username = url.password = "x";
+    return client.watch(url.href);
+  }, path);
+  assert.equal(result.result, "done");
+  const name = await page.evaluate(
+    (path) => client.watch(path, { headers: { "X-Name": "€" } }).catch((error) => error.name),
+    path,
+  );
+  assert.equal(name, "TypeError");
 });
 
 test("cancel dismisses the job and whoever watches it is told", LIMIT, async () => {
@@ -562,6 +598,15 @@ test("a cancel that fails says so and may be repeated", LIMIT, async () => {
   await until(async () => /could not be cancelled/.test(await shown.text("status")));
   await shown.part("cancel").click();
   await until(async () => (await shown.text("status")) === "Cancelled");
+});
+
+test("a cancel that a login answers is no end", LIMIT, async () => {
+  const shown = await visit({ src: [await server.job("work", { seconds: 4, steps: 40 })] });
+  await until(() => shown.part("cancel").isVisible());
+  await shown.page.route("**/async/*?only=cancel", login, { times: 1 });
+  await shown.part("cancel").click();
+  await until(async () => /could not be cancelled/.test(await shown.text("status")));
+  await until(async () => (await shown.text("status")) === "Finished");
 });
 
 test("the live region speaks of changes of state and of nothing else", LIMIT, async () => {

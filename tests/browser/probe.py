@@ -75,6 +75,10 @@ def file():
     return FileResult(b"a,b\n1,2\n", "text/csv", "table.csv")
 
 
+def json_lines():
+    return FileResult(b'{"a":1}\n{"a":2}\n', "application/json", "lines.json")
+
+
 def refuse(text):
     raise OperationFailed(text)
 
@@ -83,7 +87,7 @@ def crash():
     raise ZeroDivisionError("secret")
 
 
-JOBS = {job.__name__: job for job in (work, still, large, file, refuse, crash)}
+JOBS = {job.__name__: job for job in (work, still, large, file, json_lines, refuse, crash)}
 
 
 def start(request):
