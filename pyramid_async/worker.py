@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from secrets import token_hex
 from typing import Any
@@ -21,7 +22,7 @@ from .attempt import (
     Unreliable,
 )
 from .current import Changes, Job
-from .failures import failure_of, members, text_of
+from .failures import failure_of, members
 from .interfaces import (
     JobDismissed,
     JobFailed,
@@ -332,7 +333,8 @@ class Worker:
         """Record the failure in a transaction of its own; the job's effects are gone."""
         failure = failure or failure_of(error)
         # Logged before the commit, for whoever sees the errorID may look for it at once.
-        self._log_failure(job, error, failure)
+        with suppress(Exception):  # a handler may fail at an odd exception, and the job must end
+            self._log_failure(job, error, failure)
         record = partial(self._record_failure, job, error, failure)
         try:
             status, again = transact(self.store, partial(record, error))
@@ -384,7 +386,7 @@ class Worker:
             again = now + next(backoff(1, 2.0**record.attempts, most=LONGEST_DELAY))
             record.retry(now, again, self.holder)
             return ACCEPTED, again
-        record.exception = self._storable(kept, table)
+        record.exception = self._storable(kept, failure, table)
         record.finish(FAILED, now, self.result_timeout)
         return FAILED, None
 
@@ -394,13 +396,13 @@ class Worker:
             class_name(kind) in chosen for one in members(error) for kind in type(one).__mro__
         )
 
-    def _storable(self, error: BaseException, table: Any) -> Any:
+    def _storable(self, error: BaseException, failure: Failure, table: Any) -> Any:
         try:
             return self.store.pack(error, table)
         except TransientError:
             raise
         except BaseException:
-            return self.store.pack(JobFailed(type(error).__name__, text_of(error)), table)
+            return self.store.pack(JobFailed(failure.class_name, failure.message), table)
 
     # -- give back
 
