@@ -2,6 +2,8 @@
 
 import importlib
 import re
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -93,14 +95,10 @@ def test_the_job_of_the_readme_runs_as_one(example, wait_for):
         scheduler.stop()
 
 
-def test_the_scheduler_without_pyramid_runs_as_it_stands(example, wait_for):
-    module = example(2)
-    try:
-        wait_for(lambda: module.scheduler.completed(module.sid))
-        assert module.scheduler.get_result(module.sid) == (None, None)
-    finally:
-        transaction.abort()
-        module.scheduler.stop()
+def test_the_program_without_pyramid_runs_as_it_stands():
+    program = [sys.executable, "-c", python_blocks()[2]]
+    run = subprocess.run(program, capture_output=True, text=True, timeout=40)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "after the commit\n", "")
 
 
 def settings_table():
