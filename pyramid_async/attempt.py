@@ -193,7 +193,7 @@ class Attempt:
         args, kw = self._arguments(record, table)
         with running(job):
             job.check()  # it may have been told while it waited after a conflict
-            value = call(f, args, kw)
+            value = call_function(f, args, kw)
             job.check()
         return value
 
@@ -299,7 +299,7 @@ class Attempt:
 DECISIVE = (JobInterrupted, TransientError, OperationFailed)
 
 
-def call(f: Any, args: Any, kw: Any) -> Any:
+def call_function(f: Any, args: Any, kw: Any) -> Any:
     """Call the function; of a group raise what decides about the job, if that is in it."""
     try:
         value = f(*args, **kw)

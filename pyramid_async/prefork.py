@@ -21,7 +21,7 @@ BEFORE_LIMIT = 1.0
 GUARDED = {"BTrees", "ZEO", "ZODB", "persistent", "pyramid_async", "relstorage", "transaction"}
 
 # Those functions of `attempt` that call the job's.
-CALLERS = {"call", "run_body"}
+CALLERS = {"call_function", "run_body"}
 
 
 class Signals:

@@ -43,8 +43,9 @@ from webapp import EXPLICIT, GATES, browser, echo, gate
 from webtest import TestApp
 from ZODB.config import databaseFromURL
 
-from pyramid_async import IScheduler, bells, current_job
+from pyramid_async import IJobFinished, IScheduler, JobTimeout, bells, current_job
 from pyramid_async import celery as module
+from pyramid_async.attempt import storage_at_work
 from pyramid_async.bells import AGAIN, BELL, Bells, Ring, connect
 from pyramid_async.celery import bell
 from pyramid_async.jobs import FRESH
@@ -260,7 +261,9 @@ def test_a_bell_for_an_unknown_job_changes_nothing(again, broker, caplog):
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_a_record_that_shows_up_late_is_waited_for(again, broker):
+def test_a_record_that_shows_up_late_is_waited_for(again, broker, monkeypatch):
+    for name in ("RECORD_TIMEOUT", "RECORD_TIMEOUT_AGAIN"):
+        monkeypatch.setattr(module, name, 20.0)
     with client(broker) as web:
         sid = "ab" * 16
         late = threading.Timer(0.1, schedule_as, (web, sid))
@@ -268,6 +271,24 @@ def test_a_record_that_shows_up_late_is_waited_for(again, broker):
         web.scheduler.executor.answer(sid, again)
         late.join()
         assert web.scheduler.transact(lambda s: s.completed(sid))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_bell_of_a_job_that_was_dismissed_and_removed_keeps_no_worker_waiting(
+    again, broker, caplog, monkeypatch
+):
+    caplog.set_level("INFO")
+    pauses = []
+    fake = SimpleNamespace(monotonic=time.monotonic, sleep=pauses.append)
+    with client(broker) as web:
+        sid = sid_of(web.start(echo))
+        web.delete(f"/async/{sid}")
+        web.scheduler.transact(lambda s: s.remove(sid))
+        assert web.scheduler.transact(lambda s: s.status(sid)) is None
+        monkeypatch.setattr(module, "time", fake)
+        web.scheduler.executor.answer(sid, again)
+    assert pauses == []
+    assert "for a bell" not in caplog.text
 
 
 def schedule_as(web, sid):
@@ -322,6 +343,69 @@ def test_copies_of_bells_do_not_pile_up_while_workers_are_behind(broker, monkeyp
     pass_time(400, jobs[:1])
     assert set(ringer._passed_over) == set(jobs[:1])
     assert len(messages(queue, broker)) == 4
+
+
+def test_a_lost_bell_is_rung_again_on_a_queue_that_is_never_empty(broker, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(bells, "time", SimpleNamespace(monotonic=clock))
+    ringer, queue = Bells(broker, "queue", 10), uuid4().hex
+    young, lost = ["0" * 32, "1" * 32], "f" * 32
+    ringer._pass_on([Ring(job, queue, BELL) for job in (*young, *young)])
+
+    def look(times=1):
+        """Let recovery ask; return how many messages the queue has afterwards."""
+        for _ in range(times):
+            clock.now += 10
+            ringer._pass_on([Ring(lost, queue, AGAIN, len([*young, lost]))])
+        return ringer._declare(queue)
+
+    assert look(360) == 4  # copies are among them
+    with connect(broker) as connection, closing(connection.SimpleQueue(queue)) as box:
+        box.get().ack()
+    assert look() == 4
+    assert [json.loads(body)[0] for body, _, _ in messages(queue, broker)][-1] == [lost]
+
+
+def test_a_lost_bell_is_not_rung_again_before_other_jobs_had_their_time(broker, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(bells, "time", SimpleNamespace(monotonic=clock))
+    ringer, queue = Bells(broker, "queue", 10), uuid4().hex
+    ringer._pass_on([Ring("0" * 32, queue, BELL)])
+    lengths = []
+    for _ in range(0, int(bells.PASSED_OVER) + 1, 10):
+        ringer._pass_on([Ring("f" * 32, queue, AGAIN, 2)])
+        lengths.append(ringer._declare(queue))
+        clock.now += 10
+    assert lengths == [1] * (len(lengths) - 1) + [2]
+
+
+def test_one_look_makes_no_more_copies_than_there_are_jobs_that_nobody_began(broker, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(bells, "time", SimpleNamespace(monotonic=clock))
+    ringer, queue = Bells(broker, "queue", 10), uuid4().hex
+    jobs = [f"{number:032}" for number in range(5)]
+    ringer._pass_on([Ring(job, queue, BELL) for job in jobs[:3]])
+    for _ in range(2):
+        ringer._pass_on([Ring(job, queue, AGAIN, len(jobs)) for job in jobs])
+        clock.now += bells.PASSED_OVER
+    assert ringer._declare(queue) == len(jobs) + 1
+
+
+def test_recovery_rings_for_a_lost_job_with_the_number_of_those_that_nobody_began(
+    broker, monkeypatch
+):
+    with client(broker) as web:
+        executor = web.scheduler.executor
+        sids = {sid_of(web.start(echo)) for _ in range(3)}
+        web.start(echo, run_after=3600)  # not due
+        rings = []
+        monkeypatch.setattr(executor.bells, "ring", lambda *ring: rings.append(ring))
+        executor.bells._rung.clear()
+        executor.grace = -1.0  # they have waited long enough
+        executor.recovery.look()
+        rings.clear()
+        executor.recovery.look()
+        assert set(rings) == {(sid, None, AGAIN, 3) for sid in sids}
 
 
 def test_recovery_rings_in_the_queue_that_a_job_was_scheduled_with(broker):
@@ -545,6 +629,7 @@ def test_what_is_remembered_of_bells_has_a_bound(broker):
 
 LEAVE = """
 import sys, webapp
+from pyramid_async.attempt import storage_at_work
 from pyramid_async.bells import Bells
 
 def stop(bells, timeout, stop=Bells.stop):
@@ -717,6 +802,7 @@ def test_a_worker_waits_for_its_broker_without_end():
 
 def test_code_outside_of_a_job_is_not_interrupted_by_a_signal():
     assert not in_function(sys._getframe())
+    assert not in_function(storage_at_work(lambda attempt: sys._getframe())(None))
 
 
 # -- signals, as a process of the prefork pool gets them -----------------------------------
@@ -812,6 +898,107 @@ def test_the_hard_limit_is_recorded_before_celery_kills_the_process(child, broke
     with client(broker) as web:
         status = answered(web, go_on)
     assert "Celery's time limit of 0.4 s" in status.failure.message
+
+
+def pass_limit(web, sid):
+    """What the thread does that watches the hard limit."""
+    web.scheduler.executor.worker.fail(sid, JobTimeout("it ran into the limit"))
+
+
+def pass_limit_at(at, web, sid):
+    GATES[at].reach()
+    pass_limit(web, sid)
+    GATES[at].opened.set()
+
+
+@contextmanager
+def limited(at, web, sid):
+    """The hard limit passes, and that is recorded, while the job stands at its gate."""
+    thread = threading.Thread(target=pass_limit_at, args=(at, web, sid))
+    thread.start()
+    yield
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+
+
+def hear_ends(web):
+    """Return a list to which the ends of jobs are added as they are told."""
+    told = []
+    web.app.registry.registerHandler(lambda event: told.append(event.status), [IJobFinished])
+    return told
+
+
+def check_behind_gate(name):
+    GATES[name].pass_through()
+    current_job().check()
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [(check_behind_gate, []), (webapp.commit_slowly, ["tpc_begin", "mark"])],
+    ids=["checks", "returns"],
+)
+def test_what_the_hard_limit_recorded_is_told_once_whatever_the_job_does_then(
+    function, arguments, broker, caplog
+):
+    with client(broker) as web, gate() as at:
+        told = hear_ends(web)
+        sid = web.scheduler.transact(lambda s: s.schedule(function, at, *arguments))
+        with limited(at, web, sid):
+            web.scheduler.executor.answer(sid, again=False)
+        status = web.scheduler.transact(lambda s: s.status(sid))
+        with web.databases[""].transaction() as connection:
+            assert "mark" not in connection.root()
+    assert (status.failure.class_name, told) == ("JobTimeout", ["failed"])
+    assert caplog.text.count("errorID") == caplog.text.count(status.failure.error_id) == 1
+
+
+@pytest.mark.parametrize(
+    ("function", "status"), [(echo, "successful"), (webapp.fail, "failed")], ids=["well", "badly"]
+)
+def test_the_hard_limit_is_not_recorded_of_a_job_whose_end_is_being_told(
+    function, status, broker, caplog
+):
+    caplog.set_level("INFO")
+    with client(broker) as web:
+        worker, limits, told = web.scheduler.executor.worker, [], hear_ends(web)
+
+        def linger(event):
+            if limits:
+                return  # told once more
+            job = worker.running[event.sid]
+            limits.append(threading.Thread(target=pass_limit, args=(web, event.sid)))
+            limits[0].start()
+            until(lambda: job._interrupt)  # the limit has passed, and is to be recorded next
+
+        web.app.registry.registerHandler(linger, [IJobFinished])
+        found = answered(web, function, "how it ended")
+        limits[0].join(PATIENCE)
+        assert not limits[0].is_alive()
+    assert (found.status, told) == (status, [status])
+    assert "the limit" not in caplog.text
+
+
+def test_an_attempt_that_ran_into_the_hard_limit_counts_once(broker, caplog):
+    with client(broker) as web:
+        told = hear_ends(web)
+
+        def attempt(sid, again):
+            GATES[at] = webapp.Gate()
+            with limited(at, web, sid):
+                web.scheduler.executor.answer(sid, again)
+            status = web.scheduler.transact(lambda s: s.status(sid))
+            return status.status, status.attempts, list(told)
+
+        with gate() as at:
+            options = dict(retry_on=JobTimeout, max_attempts=2)
+            sid = web.scheduler.transact(
+                lambda s: s.using(**options).schedule(check_behind_gate, at)
+            )
+            assert attempt(sid, again=False) == ("accepted", 1, [])
+            web.scheduler.transact(lambda s: setattr(s._table().get(sid), "run_after", None))
+            assert attempt(sid, again=True) == ("failed", 2, ["failed"])
+    assert caplog.text.count("errorID") == 2
 
 
 # -- services: how the application of the guide is started ---------------------------------

@@ -9,6 +9,7 @@ import textwrap
 import threading
 from collections import defaultdict
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -17,15 +18,20 @@ import transaction
 from bare import ROOT, Clock, Process, memory, process, store_of, together
 from persistent import Persistent
 from persistent.mapping import PersistentMapping
-from webapp import GATES, gate
+from transaction.interfaces import TransientError
+from webapp import GATES, Barrier, gate
+from ZEO.Exceptions import ClientDisconnected
+from ZODB.POSException import ConflictError
 
 from pyramid_async import current_job
+from pyramid_async.attempt import Attempt
 from pyramid_async.interfaces import JobTaken
-from pyramid_async.jobs import Live
+from pyramid_async.jobs import FRESH, Live
 from pyramid_async.recovery import ARCHIVE_AFTER
 from pyramid_async.scheduler import Scheduler, executor_for
+from pyramid_async.transactional import transact
 from pyramid_async.worker import Worker
-from pyramid_async.zodb import BATCH, HAUNTED, ZodbStore
+from pyramid_async.zodb import BATCH, HAUNTED, ZodbStore, ZodbTable
 
 CALLS = defaultdict(list)
 LEASE = 60.0
@@ -189,6 +195,60 @@ def test_job_whose_time_has_come_is_left_alone_for_a_while_too(machines, key):
     one.wait(sid)
 
 
+@pytest.mark.parametrize("grace", [0.0, 5.0])
+def test_job_of_a_machine_whose_clock_is_ahead_waits_for_the_grace_alone(machines, key, grace):
+    one = machines.process()
+    one.executor.grace = grace
+    sid = plant_ahead(machines, 3600, key)
+    machines.pass_time(grace)
+    one.recovery.look()
+    one.wait(sid)
+    assert CALLS[key] == [1]
+
+
+def test_job_of_a_machine_whose_clock_is_a_little_ahead_waits_a_little_longer(machines, key):
+    one = machines.process()
+    one.executor.grace = 5.0
+    sid = plant_ahead(machines, 2, key)
+    for seconds in (0, 5, 1.9):
+        machines.pass_time(seconds)
+        one.recovery.look()
+        assert one.executor.held == set()
+    machines.pass_time(0.1)
+    one.recovery.look()
+    one.wait(sid)
+
+
+def plant_ahead(machines, seconds, key):
+    """Schedule a job for whoever takes it, on a machine whose clock is ahead."""
+    other = machines.process(workers=0)
+    other.store.clock = Clock(machines.clock.now + seconds)
+    other.worker.keeps = False
+    return other.plant(note, key)
+
+
+def test_executor_is_told_how_many_due_jobs_are_nobodys(machines, key, at):
+    one, other = machines.process(workers=0), machines.process()
+    one.executor.grace = 5.0
+    with unclaimed(other, key, at):  # it is nobody's until it is shown
+        one.recovery.look()
+        assert one.executor.unbegun == 1
+        other.recovery.beat()
+        one.recovery.look()
+        assert one.executor.unbegun == 0
+        waiting = [other.plant(note, key) for _ in range(3)]  # in the broker's queue
+        other.plant(note, key, run_after=60)
+        other.cancel(other.plant(note, key))
+        other.die(other.plant(note, key))
+        one.plant(note, key)  # in its own queue
+        one.recovery.look()
+        assert one.executor.unbegun == len(waiting)
+        machines.pass_time(60)
+        other.recovery.beat()
+        one.recovery.look()
+        assert one.executor.unbegun == len(waiting) + 1
+
+
 def test_job_that_waits_in_this_process_is_not_taken_twice(db, key, at):
     with process("zodb", db, workers=1) as one:
         blocking = one.schedule(count_behind_gate, ROOT, key, at)
@@ -270,6 +330,35 @@ def test_what_had_not_begun_when_it_was_listed_is_shown_later(machines, key, at)
         assert other.status(sid).status == "running"
 
 
+class Refuses(Barrier):
+    """A data manager whose server is gone when it comes to the vote."""
+
+    def tpc_vote(self, txn):
+        raise OSError("the backend was terminated")
+
+
+def test_what_was_in_a_sign_that_did_not_commit_is_shown_by_the_next_one(
+    machines, key, at, monkeypatch
+):
+    one, other = machines.process(), machines.process()
+    with unclaimed(one, key, at) as sid:
+        machines.pass_time(1)
+        table = one.store.table
+
+        def refusing(tm, *connect):
+            tm.get().join(Refuses(None, None, "~~last"))
+            return table(tm, *connect)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(one.store, "table", refusing)
+            with pytest.raises(OSError, match="the backend was terminated"):
+                one.recovery.beat()
+        assert other.status(sid).status == "accepted"
+        one.recovery.tell()
+        assert other.status(sid).status == "running"
+        assert read_signs(other)[one.store.process][1] == {sid}
+
+
 def test_nothing_is_shown_where_nobody_could_see_it(db, key, at):
     clock = Clock()
     with process("zodb", db, clock=clock) as one, unclaimed(one, key, at):
@@ -332,6 +421,70 @@ def test_what_was_given_back_waits_for_no_sign_to_age(machines, key):
         table.get(sid).release(machines.clock())
     other.recovery.look()
     other.wait(sid)
+
+
+# -- jobs whose record could not be read -----------------------------------------------------
+
+
+# The error, and how many attempts of four are made: of those that the storage spoils three.
+OUTAGES = {
+    "disconnected": (ClientDisconnected, 4),
+    "a conflict": (TransientError, 4),
+    "an error": (OSError, 3),
+}
+
+
+@pytest.fixture(params=OUTAGES)
+def outage(request):
+    """A kind of attempt that cannot read the record; it counts how often it tries."""
+    error, most = OUTAGES[request.param]
+
+    class Away(Attempt):
+        tried, expected = 0, most
+
+        def _read(self):
+            Away.tried += 1
+            raise error("the storage is away")
+
+    return Away
+
+
+@pytest.mark.parametrize("claimed", [False, True])
+def test_job_that_an_outage_kept_from_its_beginning_is_given_back(
+    machines, key, outage, claimed, caplog
+):
+    caplog.set_level("INFO")
+    one = machines.process()
+    one.worker.conflict_attempts = 4
+    sid = one.plant(note, key)
+    seen = one.die(sid) if claimed else FRESH
+    before = one.status(sid).attempts
+    one.worker.attempt = outage
+    one.worker.run(sid, seen)
+    assert outage.tried == outage.expected
+    status = one.status(sid)
+    assert (status.status, status.attempts, status.failure) == ("accepted", before, None)
+    assert (one.told, "errorID" in caplog.text) == ([], False)
+    assert f"job {sid!r} is given back" in caplog.text
+    one.worker.attempt = Attempt
+    one.recovery.look()
+    one.wait(sid)
+    assert (CALLS[key], one.told) == ([before + 1], [(sid, "successful")])
+
+
+def test_job_whose_last_attempts_met_an_outage_is_given_back_too(machines, key, outage):
+    one = machines.process()
+    one.worker.conflict_attempts = 4
+    sid = one.plant(conflict_before_an_outage, key)
+    attempts = iter([Attempt])
+    one.worker.attempt = lambda *args: next(attempts, outage)(*args)
+    one.worker.run(sid)
+    assert (CALLS[key], one.status(sid).status, one.told) == ([1], "accepted", [])
+
+
+def conflict_before_an_outage(key):
+    note(key)
+    raise ConflictError
 
 
 # -- processes that died -------------------------------------------------------------------
@@ -848,7 +1001,47 @@ def test_step_that_fails_is_logged_and_the_next_one_is_taken(db, caplog):
         assert "recovery could not look for lost jobs; it goes on" in caplog.text
 
 
+def test_conflict_of_recovery_with_another_process_is_no_error(db, key, caplog, monkeypatch):
+    caplog.set_level("INFO", logger="pyramid_async.recovery")
+    clock = Clock()
+    with process("zodb", db, clock=clock) as one, process("zodb", db, clock=clock) as other:
+        sid = one.run(note, key)
+        clock.now += ARCHIVE_AFTER
+        archive = ZodbTable.archive_all
+
+        def archive_after_the_other(table, sids):
+            archive(table, sids)
+            monkeypatch.setattr(ZodbTable, "archive_all", archive)
+            other.recovery.look()
+
+        monkeypatch.setattr(ZodbTable, "archive_all", archive_after_the_other)
+        monkeypatch.setattr("pyramid_async.zodb.transact", partial(transact, attempts=1))
+        assert not one.recovery._safely(one.recovery.look)
+        assert trees(one) == (0, 1, 1)
+        assert one.status(sid).status == "successful"
+    [record] = caplog.records
+    assert record.levelname == "INFO"
+    assert "recovery will look for lost jobs at another time: " in record.getMessage()
+
+
 # -- the thread ----------------------------------------------------------------------------
+
+
+def test_thread_goes_on_after_a_conflict(db, caplog):
+    again = threading.Event()
+    errors = [ConflictError()]
+
+    def look():
+        if errors:
+            raise errors.pop()
+        again.set()
+
+    with process("zodb", db) as one:
+        one.recovery.look, one.recovery.interval = look, 0.0
+        one.recovery.start()
+        assert again.wait(10)
+        one.recovery.stop(5)
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 def test_thread_looks_by_itself(db, key):

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import transaction
+from bare import Clock
 from persistent.mapping import PersistentMapping
 from transaction.interfaces import NoTransaction, TransientError
 from ZODB import DB
@@ -19,11 +20,13 @@ from ZODB.POSException import ConflictError, ReadConflictError
 
 import pyramid_async.transactional
 from pyramid_async.transactional import (
+    PATIENCE,
     OwnManager,
     TransactionManager,
     backoff,
     is_managed,
     mark,
+    transact,
     transactional,
 )
 
@@ -856,6 +859,65 @@ def test_nested_call_in_a_transaction_that_failed_cannot_save_a_part_of_it(db):
         f()
     with db.transaction() as other:
         assert list(other.root()) == []
+
+
+# -- transactions of our own -------------------------------------------------------------
+
+
+class Tableless:
+    """A store that counts the transactions which have ended."""
+
+    released = 0
+
+    def table(self, tm):
+        return tm
+
+    def release(self, tm):
+        self.released += 1
+
+
+@pytest.fixture
+def conflicting(monkeypatch, slept):
+    """Transact until it succeeds: number of conflicts, seconds each -> number of calls."""
+    clock = Clock()
+    monkeypatch.setattr(pyramid_async.transactional, "monotonic", clock)
+
+    def conflicting(conflicts, seconds):
+        fails = Fails(*[ConflictError() for _ in range(conflicts)])
+        store = Tableless()
+
+        def work(table):
+            clock.now += seconds
+            return fails()
+
+        try:
+            return transact(store, work)
+        finally:
+            assert store.released == fails.calls == 1 + len(slept)
+
+    return conflicting
+
+
+@pytest.mark.parametrize("seconds", [0, PATIENCE / 4])
+def test_conflicts_of_our_own_transactions_are_tried_again_five_times_in_all(
+    seconds, conflicting, slept
+):
+    assert conflicting(4, seconds) == 5
+    slept.clear()
+    with pytest.raises(ConflictError):
+        conflicting(5, 0)
+    assert len(slept) == 4
+
+
+@pytest.mark.parametrize(
+    ("seconds", "pauses"), [(PATIENCE + 0.1, 0), (60, 0), (PATIENCE / 2 + 0.1, 1)]
+)
+def test_transaction_of_our_own_that_waited_for_a_server_is_not_repeated(
+    seconds, pauses, conflicting, slept
+):
+    with pytest.raises(ConflictError):
+        conflicting(1 + pauses, seconds)
+    assert len(slept) == pauses
 
 
 # -- backoff ---------------------------------------------------------------------------
