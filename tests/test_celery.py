@@ -610,7 +610,7 @@ def test_what_a_broker_delivers_again_is_claimed_first(info, monkeypatch):
 
 def test_a_bell_is_rung_again_where_there_is_no_queue_yet(broker):
     ringer, queue = Bells(broker, "queue", 10), uuid4().hex
-    ringer._pass_on([Ring("a" * 32, queue, AGAIN, True)])
+    ringer._pass_on([Ring("a" * 32, queue, AGAIN, 1)])
     assert len(messages(queue, broker)) == 1
 
 
@@ -622,14 +622,13 @@ def test_what_is_remembered_of_bells_has_a_bound(broker):
         ringer._waiting.get_nowait()
     assert 0 < len(ringer._rung) <= 4
     for number in range(20):
-        ringer._send([Ring(f"{number:032}", queue, AGAIN, True)])  # passed over: another waits
+        ringer._send([Ring(f"{number:032}", queue, AGAIN, 1)])  # passed over: another waits
     assert 0 < len(ringer._passed_over) <= 4
     assert len(messages(queue, broker)) == 1
 
 
 LEAVE = """
 import sys, webapp
-from pyramid_async.attempt import storage_at_work
 from pyramid_async.bells import Bells
 
 def stop(bells, timeout, stop=Bells.stop):
