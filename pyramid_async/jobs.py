@@ -252,7 +252,7 @@ class JobRecord(Persistent):
         """
         if percent is not None and percent > self.reached:
             self.reached = percent
-        if self.started is None and started is not None:
+        if started is not None:
             self.started = started
 
     def retry(self, now: float, run_after: float, holder: str | None) -> None:

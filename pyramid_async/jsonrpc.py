@@ -16,7 +16,6 @@ from transaction.interfaces import TransientError
 
 from .documents import (
     JSON,
-    NOTHING,
     document,
     dumps,
     failure,
@@ -25,7 +24,7 @@ from .documents import (
     to_json,
 )
 from .interfaces import IScheduler, NotSchedulable, SchedulerFull
-from .jobs import DISMISSED, FAILED, FileResult
+from .jobs import DISMISSED, FAILED
 from .resources import FULL_RETRY, add_resource
 from .views import brief_outcome, outcome, root_of, visible
 
@@ -239,7 +238,7 @@ class Methods:
             raise RpcError(NO_RESULT, {"status": job.status, "retryAfter": retry_after(job)})
         if job.status == DISMISSED:
             raise RpcError(NO_RESULT, {"status": job.status})
-        if value is NOTHING or isinstance(value, FileResult) or to_json(value) is None:
+        if to_json(value) is None:  # nor are a file and NOTHING
             raise RpcError(NO_RESULT, {"links": document(self.request, job, value)["links"]})
         return value
 

@@ -114,7 +114,7 @@ class Recovery:
 
     def end(self, last: Callable[[], None]) -> None:
         """Let the thread end, after it called *last*; without a thread call it here."""
-        if self._pid != os.getpid() or self._thread is None:
+        if self._pid != os.getpid():
             last()
         self._last = last
         self._ended.set()

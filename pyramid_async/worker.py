@@ -213,7 +213,7 @@ class Worker:
         failure = self._give_up(record, table)
         if failure is not None:
             return failure
-        if record.holder is None and self.holder is None:
+        if self.holder is None:
             record.contested = True  # who answered an earlier bell may only be frozen
         record.claim(self.store.process, job.signature, self.store.clock())
         return True
@@ -324,7 +324,7 @@ class Worker:
         """Tell what an earlier commit of ours, whose reply was lost, made of the job."""
         if record is None and not job.begun:
             raise NotOurs(None)
-        if record is not None and record.done and record.signature == job.signature:
+        if record is not None and record.signature == job.signature:
             self._tell(job, record.status)
 
     # -- after a failure

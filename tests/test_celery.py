@@ -325,6 +325,17 @@ def test_a_job_that_is_passed_over_for_long_is_rung_for_all_the_same(broker, mon
         assert len(messages(web.scheduler.settings["celery.queue"], broker)) == 2
 
 
+def test_a_job_that_was_passed_over_may_be_rung_for_again(broker):
+    ringer, queue = Bells(broker, "queue", 10), uuid4().hex
+    ringer._pass_on([Ring("a" * 32, queue, BELL)])
+    ringer.ring("b" * 32, queue, AGAIN, most_waiting=1)
+    assert ringer.rung("b" * 32)
+    ringer._next()
+    assert not ringer.rung("b" * 32)
+    ringer._disconnect()
+    assert len(messages(queue, broker)) == 1
+
+
 def test_copies_of_bells_do_not_pile_up_while_workers_are_behind(broker, monkeypatch):
     clock = Clock()
     monkeypatch.setattr(bells, "time", SimpleNamespace(monotonic=clock))
@@ -531,6 +542,27 @@ def test_a_bell_that_was_dropped_may_be_rung_again(caplog):
     ringer.stop(5)
 
 
+def test_bells_are_sent_again_once_the_broker_is_back(broker, caplog, monkeypatch):
+    monkeypatch.setattr(bells, "BROKER_TIMEOUT", 0.01)
+    ringer, queue = Bells(broker, uuid4().hex, 10), uuid4().hex
+    connected, away = ringer._connected, ["once", "twice"]
+
+    def connect():
+        if away:
+            raise OSError(f"refused {away.pop()}")
+        return connected()
+
+    ringer._connected = connect
+    ringer.start()
+    for sid in ("a" * 32, "b" * 32):
+        ringer.ring(sid, queue, BELL)
+        until(lambda: f"bells were dropped, 1, the first for job {sid!r}" in caplog.text)  # noqa: B023
+    ringer.ring("c" * 32, queue, BELL)
+    ringer.stop(5)
+    assert [json.loads(body)[0] for body, _, _ in messages(queue, broker)] == [["c" * 32]]
+    assert ringer._connection is None
+
+
 def test_what_is_wrong_with_a_whole_broker_is_no_refusal_of_a_queue():
     assert isinstance(AccessRefused(), bells.REFUSALS)
     # To the client these are errors of the channel; another connection may be better.
@@ -612,6 +644,20 @@ def test_a_bell_is_rung_again_where_there_is_no_queue_yet(broker):
     ringer, queue = Bells(broker, "queue", 10), uuid4().hex
     ringer._pass_on([Ring("a" * 32, queue, AGAIN, 1)])
     assert len(messages(queue, broker)) == 1
+
+
+def test_the_length_of_a_queue_is_asked_for_once_a_second(broker, monkeypatch):
+    clock, asked = Clock(), []
+    monkeypatch.setattr(bells, "time", SimpleNamespace(monotonic=clock))
+    ringer, queue = Bells(broker, "queue", 10), uuid4().hex
+    declare = ringer._declare
+    ringer._declare = lambda name: asked.append(name) or declare(name)
+    for number in range(3):
+        ringer._others_wait(Ring(f"{number:032}", queue, AGAIN, 1), 1)
+    assert asked == [queue]
+    clock.now += 1
+    ringer._others_wait(Ring("a" * 32, queue, AGAIN, 1), 1)
+    assert asked == [queue] * 2
 
 
 def test_what_is_remembered_of_bells_has_a_bound(broker):

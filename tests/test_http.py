@@ -709,6 +709,20 @@ def test_job_that_vanishes_between_two_looks_is_404(web, monkeypatch):
         is_problem(answer, NO_SUCH_JOB)
 
 
+def test_job_that_vanishes_before_its_removal_is_404(web, monkeypatch):
+    url, _ = web.finished(echo)
+    status = Scheduler.status
+
+    def remove_after(scheduler, sid):
+        found = status(scheduler, sid)
+        if found is not None:
+            scheduler.remove(sid)
+        return found
+
+    monkeypatch.setattr(Scheduler, "status", remove_after)
+    is_problem(web.delete(url, status=404), NO_SUCH_JOB)
+
+
 # -- who may see a job -----------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ from uuid import uuid4
 
 import pytest
 from pyramid.csrf import CookieCSRFStoragePolicy
+from pyramid.httpexceptions import HTTPUnauthorized
 from test_http import STATUS_INFO
 from transaction.interfaces import TransientError
 from webapp import (
@@ -457,6 +458,16 @@ def test_no_such_job_is_the_same_for_an_unknown_and_a_foreign_one(web):
             assert "code" not in json.dumps(call(web, method, started["jobID"], user=user))
 
 
+def test_nobody_cancels_the_job_of_another(web, at_gate):
+    started = call(web, "behind_gate", at_gate, user="alice")
+    GATES[at_gate].reach()
+    for user in ("bob", None):
+        assert call(web, "async.cancel", started["jobID"], user=user)["code"] == -32001
+    GATES[at_gate].opened.set()
+    document = web.done(started["links"][0]["href"], "alice")
+    assert document["status"] == "successful"
+
+
 def test_job_belongs_to_who_started_it(web):
     started = call(web, "echo", 1, user="alice")
     web.get(started["links"][0]["href"], status=404)
@@ -468,6 +479,30 @@ def test_operation_with_a_permission_is_started_by_its_holders_alone(web):
         assert call(web, "restricted", user=user) == {"code": -32004, "message": "Forbidden"}
     assert number_of_jobs(web) == 0
     assert call(web, "restricted", user="admin")["status"] == "accepted"
+
+
+class Expired:
+    """A policy whose ticket runs out between two questions."""
+
+    def authenticated_userid(self, request):
+        return "alice"
+
+    def permits(self, request, context, permission):
+        raise HTTPUnauthorized(headers={"WWW-Authenticate": "Bearer"})
+
+    identity = remember = forget = None
+
+
+def test_what_the_policy_raises_is_the_answer_to_the_whole_request():
+    def routes(config):
+        operations(config)
+        config.set_security_policy(Expired())
+
+    with browser(routes=routes, policy=False) as web:
+        call = {"jsonrpc": "2.0", "method": "restricted", "id": 1}
+        response = post(web, [call, call], status=401)
+        assert response.content_type == "application/problem+json"
+        assert response.headers["WWW-Authenticate"] == "Bearer"
 
 
 def test_key_of_an_operation_shows_nobody_the_job_of_another(web, at_gate, monkeypatch):

@@ -309,6 +309,30 @@ def test_log_in_page_of_the_application_is_not_sent_to_a_client_of_jobs():
         assert headers_of(response) == ALWAYS | PROBLEM
 
 
+def test_redirection_by_the_policy_is_left_as_it_is():
+    """To the log-in of another server, say: it is the application's, and no error."""
+
+    def routes(config):
+        config.set_security_policy(Redirecting())
+
+    with browser(routes=routes, policy=False) as web:
+        response = web.get("/async/x", headers=LISTED, status=302)
+        assert response.location == "http://localhost/login"
+        assert headers_of(response)["Cache-Control"] == "no-store"
+
+
+class Redirecting:
+    """A policy that sends who is not known to a log-in page."""
+
+    def authenticated_userid(self, request):
+        raise HTTPFound("/login")
+
+    def permits(self, request, context, permission):
+        return True
+
+    identity = remember = forget = None
+
+
 class Forbidding:
     """A policy that raises what Pyramid would turn into the application's log-in page."""
 

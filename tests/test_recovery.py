@@ -249,6 +249,13 @@ def test_executor_is_told_how_many_due_jobs_are_nobodys(machines, key, at):
         assert one.executor.unbegun == len(waiting) + 1
 
 
+def test_job_of_this_process_that_is_to_wait_gets_a_timer(machines, key):
+    one = machines.process()
+    sid = one.plant(note, key, run_after=100)
+    one.recovery.look()
+    assert [timed for _, timed in one.recovery._timers] == [sid]
+
+
 def test_job_that_waits_in_this_process_is_not_taken_twice(db, key, at):
     with process("zodb", db, workers=1) as one:
         blocking = one.schedule(count_behind_gate, ROOT, key, at)
@@ -285,6 +292,13 @@ def test_looks_take_a_tenth_of_the_time_but_are_never_further_apart_than_a_lease
     recovery = machines.process().recovery
     recovery.look = lambda: machines.pass_time(took)
     assert recovery._turn(recovery.look, 5.0) == pytest.approx(pause)
+
+
+@pytest.mark.parametrize("step", ["tell", "beat"])
+def test_no_other_step_is_put_off_however_long_it_took(machines, step):
+    recovery = machines.process().recovery
+    setattr(recovery, step, lambda: machines.pass_time(10))
+    assert recovery._turn(getattr(recovery, step), 1.0) == 1.0
 
 
 # -- jobs that a process runs without a claim ------------------------------------------------
@@ -665,6 +679,20 @@ def test_unlisted_job_that_is_listed_again_is_left_alone(machines, key, at):
         assert other.executor.held == set()
 
 
+def test_job_of_a_process_that_never_gave_a_sign_is_waited_for_quietly(machines, key, caplog):
+    one = machines.process()
+    sid = one.plant(note, key)
+    one.die(sid)
+    one.recovery.look()
+    machines.pass_time(LEASE)
+    one.recovery.look()
+    assert (one.executor.held, caplog.messages) == (set(), [])
+    machines.pass_time(1)
+    one.recovery.look()
+    one.wait(sid)
+    assert CALLS[key] == [2]
+
+
 # -- signs of life -------------------------------------------------------------------------
 
 
@@ -801,6 +829,16 @@ def test_signs_of_the_dead_are_buried_when_no_job_names_them(machines, key, at, 
     other.recovery.look()
     assert other.db.lastTransaction() == before
     assert set(other.recovery._observed) <= {other.store.process}
+
+
+def test_sign_of_a_living_process_is_left_alone_although_no_job_names_it(machines, key, at):
+    one, other = machines.process(), machines.process()
+    with frozen(one, key, at) as sid:
+        GATES[at].opened.set()
+        one.wait(sid)
+    for _ in range(3):
+        other.recovery.look()
+    assert one.store.process in read_signs(other)
 
 
 def test_dismissal_by_another_process_reaches_the_running_job(machines, key, at):
@@ -1069,6 +1107,44 @@ def test_job_runs_when_its_time_has_come(db, key):
     scheduler.transact(lambda s: s.using(run_after=0.05).schedule(note, key))
     assert ended.wait(10)
     executor.stop(5)
+
+
+def test_thread_that_sleeps_is_woken_for_a_new_timer(db, key):
+    with process("zodb", db) as one:
+        one.recovery._wake.clear()
+        one.recovery.later(1e12, "0" * 32)
+        assert one.recovery._wake.is_set()
+
+
+def test_timer_that_fails_stops_no_other(db, key, caplog):
+    with process("zodb", db) as one:
+        put = []
+
+        def refuse(sid, seen):
+            put.append(sid)
+            raise RuntimeError("no room")
+
+        one.executor.put = refuse
+        for number in range(2):
+            one.recovery.later(0.0, f"{number:032x}")
+        one.recovery._fire()
+        assert len(put) == caplog.text.count("is due and was not put") == 2
+
+
+def test_thread_that_was_woken_sleeps_again(db):
+    with process("zodb", db, monotonic=Clock(0.0)) as one:
+        recovery, waits = one.recovery, []
+
+        class Wake(threading.Event):
+            def wait(self, timeout=None):
+                waits.append((self.is_set(), timeout))
+                if len(waits) == 2:
+                    recovery._ended.set()
+
+        recovery._wake = Wake()
+        recovery._wake.set()
+        recovery._loop()
+        assert waits == [(True, 1.0), (False, 1.0)]
 
 
 def test_timers_are_bounded(db, key):

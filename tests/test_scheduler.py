@@ -188,6 +188,11 @@ def is_surrounded():
     )
 
 
+def abort_and_fail():
+    current_job().request.tm.abort()
+    raise ZeroDivisionError
+
+
 def schedule_another(*args):
     return current_job().request.scheduler.schedule(note, *args)
 
@@ -966,8 +971,7 @@ def test_object_that_is_gone_fails_its_job_alone(web):
 
 def pack_hard(database):
     database.pack()
-    for connection in database.pool.all:
-        connection.cacheMinimize()
+    database.cacheMinimize()  # under the lock of those that open connections
 
 
 def test_foreign_object_is_refused_at_schedule(zodb):
@@ -1110,8 +1114,9 @@ def closure():
 REFUSED = {
     "lambda": (lambda: 1, "lambda"),
     "closure": (closure(), "inside a function"),
-    "bound method": (Thing("bound").method, "bound method"),
+    "bound method": (Thing("bound").method, "pass the object as its argument"),
     "partial": (functools.partial(add, 1), "function of a module"),
+    "method in C": ("".upper, "function of a module"),
     "callable object": (Toolbox(), "function of a module"),
 }
 
@@ -1250,6 +1255,15 @@ def test_bad_option_is_refused_by_its_name(web, options):
         assert name == "titel" or repr(value) in str(info.value)
 
     web.do(schedule)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(queue="ä" * 127 + "x"), dict(timeout=0), dict(result_timeout=1e10), dict(max_attempts=1)],
+    ids=repr,
+)
+def test_option_at_its_bound_is_taken(zodb, options):
+    assert zodb.scheduler.using(**options)._options == options
 
 
 def test_unknown_option_names_the_known_ones(zodb):
@@ -1621,6 +1635,21 @@ def test_without_a_request_everybodys_jobs_are_listed(web):
     assert {job.sid for job in unbound.transact(lambda s: s.jobs())} == sids
     for sid in sids:
         web.wait(sid)
+
+
+def test_job_that_ends_its_transaction_and_fails_tells_its_own_error(zodb):
+    _value, error = zodb.outcome(zodb.schedule(abort_and_fail))
+    assert type(error) is ZeroDivisionError
+
+
+@in_both_stores
+def test_jobs_that_were_removed_are_neither_listed_nor_complained_of(web, caplog):
+    sid = web.schedule(give, 1, user="ann", run_after=3600)
+    unbound = web.registry.getUtility(IScheduler)
+    assert unbound.transact(lambda s: s.cancel(sid))
+    unbound.transact(lambda s: s.remove(sid))
+    assert unbound.transact(lambda s: s.jobs()) == []
+    assert [r for r in caplog.records if sid in r.getMessage()] == []
 
 
 @in_both_stores

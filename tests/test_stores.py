@@ -20,10 +20,11 @@ import ZODB
 from bare import Clock
 from crash.storages import HistoryFree, RelStorage
 from persistent import Persistent
-from transaction.interfaces import NoTransaction, TransientError
+from transaction.interfaces import NoTransaction, TransactionFailedError, TransientError
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import ConflictError
 
+from pyramid_async.context import PersistentContext
 from pyramid_async.interfaces import (
     IJobStore,
     IJobTable,
@@ -44,7 +45,7 @@ from pyramid_async.jobs import (
 )
 from pyramid_async.process import Connections, manager_itself
 from pyramid_async.ram import RamStore
-from pyramid_async.zodb import INLINE_PAYLOAD, ZodbStore
+from pyramid_async.zodb import HAUNTED, INLINE_PAYLOAD, ZodbStore
 
 NOW = 1_000_000.0
 SID = "0123456789abcdef0123456789abcdef"
@@ -640,6 +641,15 @@ def test_removal_is_undone_by_abort(store):
     assert status_in(store) == ACCEPTED
 
 
+def test_dropped_record_is_gone(store):
+    add(store)
+    with committed(store) as seen:
+        seen.table.drop(SID)
+        seen.table.drop(OTHER)
+        assert seen.get() is None
+    assert status_in(store) is None
+
+
 def test_record_removed_in_the_transaction_that_added_it_never_existed(store):
     with committed(store) as one:
         one.table.remove(one.add())
@@ -744,6 +754,17 @@ def test_removal_that_was_rolled_back_can_be_done_again(store):
     assert status_in(store) is None
 
 
+def test_rollback_to_after_the_first_change_brings_back_what_was_removed_since(store):
+    add(store)
+    with committed(store) as seen:
+        seen.add(OTHER)
+        savepoint = seen.tm.savepoint()
+        seen.table.remove(seen.get())
+        savepoint.rollback()
+        assert seen.get().status == ACCEPTED
+    assert status_in(store) == status_in(store, OTHER) == ACCEPTED
+
+
 def test_changed_record_that_was_rolled_back_is_still_a_fence(store):
     add(store)
     with view(store) as one:
@@ -802,6 +823,17 @@ def test_unfinished_lists_all_that_is_unfinished(store):
     with view(store) as seen:
         assert {"01", "02"} <= set(listed(seen.table.unfinished()))
         assert listed(seen.table.all_unfinished()) == listed(seen.table.unfinished())
+
+
+def test_unfinished_goes_on_after_any_of_them(store):
+    sids = {"0000", "0001", "0002", "0100", "0101", "ff00"}
+    for sid in sids:
+        add(store, sid)
+    with view(store) as seen:
+        order = [sid for sid, _record in seen.table.unfinished("")]
+        assert set(order) == sids
+        for place, sid in enumerate(order):
+            assert [later for later, _ in seen.table.unfinished(sid)] == order[place + 1 :]
 
 
 def test_server_is_asked_for_what_is_not_in_the_cache_in_few_parts(zodb_store):
@@ -932,6 +964,20 @@ def test_many_records_expire_at_once(store, clock):
         assert listed(seen.table.records()) == []
 
 
+def test_dismissed_record_is_kept_for_a_day_whatever_its_time(zodb_store, clock):
+    """An attempt that was frozen all the time must still find what it conflicts with."""
+    add(zodb_store)
+    with committed(zodb_store) as seen:
+        finish(seen.get(), DISMISSED)
+    zodb_store.archive([SID])
+    for age, kept in [(HAUNTED - 120, [SID]), (HAUNTED + 120, [])]:
+        clock.now = NOW + age
+        zodb_store.expire(clock.now)
+        with view(zodb_store) as seen:
+            assert seen.get() is None
+            assert listed(seen.table.records()) == kept
+
+
 def test_expired_sid_can_be_used_again(store, clock):
     add(store)
     with committed(store) as seen:
@@ -1039,6 +1085,14 @@ def test_key_of_a_job_that_its_own_transaction_removes_is_free(store):
         assert seen.table.keyed("k") == OTHER
 
 
+def test_key_of_a_job_that_ends_in_its_own_transaction_is_free(ram_store):
+    with committed(ram_store) as seen:
+        record = seen.add(options={"key": "k"})
+        seen.table.take_key("k", SID)
+        finish(record, DISMISSED)
+    assert ram_store.keys == {}
+
+
 def test_key_of_a_finished_job_can_be_taken_by_another(store):
     add_keyed(store)
     with committed(store) as seen:
@@ -1107,6 +1161,16 @@ def test_room_comes_back_when_a_job_is_removed(full):
     with committed(full) as seen:
         seen.table.remove(seen.get("00"))
     assert has_room(full)
+
+
+def test_nothing_is_promised_to_a_transaction_that_has_failed(ram_store):
+    with view(ram_store) as seen:
+        seen.tm.get().join(Resource("tpc_vote", refuse))
+        with pytest.raises(RuntimeError, match="the vote failed"):
+            seen.commit()
+        with pytest.raises(TransactionFailedError):
+            seen.add()
+    assert ram_store.promised == 0
 
 
 def test_promises_count_until_their_transaction_ends(clock):
@@ -1244,6 +1308,15 @@ def home(database):
         connection.root()["home"] = Thing("home")
     with database.transaction() as connection:
         return connection.root()["home"]._p_oid
+
+
+def test_ram_store_learns_its_database_from_a_context(ram_store, database, home):
+    with database.transaction() as connection:
+        context = PersistentContext(connection.root()["home"])
+    with view(ram_store) as seen:
+        assert seen.table.connection is None
+        ram_store.pack([context], seen.table)
+        assert seen.table.connection.db() is database
 
 
 DEPTHS = {

@@ -25,8 +25,13 @@ from pyramid_async import IScheduler, current_job
 from pyramid_async.attempt import Surroundings
 from pyramid_async.interfaces import IExecutor
 from pyramid_async.process import Exit
-from pyramid_async.scheduler import Caller, PersistentTransactionalScheduler, TransactionalScheduler
-from pyramid_async.threads import ThreadExecutor, exit_on_sigterm
+from pyramid_async.scheduler import (
+    Caller,
+    PersistentTransactionalScheduler,
+    TransactionalScheduler,
+    executor_for,
+)
+from pyramid_async.threads import ThreadExecutor, exit_on_sigterm, stop_all
 from pyramid_async.worker import Worker
 from pyramid_async.zodb import OpenedBeforeFork, ZodbStore
 
@@ -159,6 +164,46 @@ def test_process_without_workers_schedules_and_runs_nothing(db, key):
     executor.wake(True, "00" * 16)
     assert (executor.held, worker_threads()) == (set(), [])
     executor.stop(1)
+
+
+def test_process_without_workers_looks_for_nothing(db):
+    executor = executor_for(Worker(store_of("zodb", db)), 0)
+    executor.start()
+    assert executor.recovery._thread is None
+    executor.stop(1)
+
+
+def test_whatever_a_job_raises_its_thread_goes_on(db, key, caplog):
+    with process("ram", db, workers=1) as one:
+        run = one.worker.run
+
+        def leave(sid, seen):
+            one.worker.run = run
+            raise SystemExit
+
+        one.worker.run = leave
+        one.schedule(note, key)
+        one.wait(one.schedule(note, key))
+        assert "the worker goes on" in caplog.text
+
+
+def test_executors_are_stopped_at_exit(db):
+    with process("ram", db, workers=1) as one:
+        one.executor.start()
+        assert not one.executor.stopped
+        stop_all()
+        assert (one.executor.stopped, worker_threads()) == (True, [])
+
+
+def test_stop_in_a_child_tells_nothing_to_the_jobs_of_its_parent(db, at, key):
+    with process("ram", db, workers=1) as one:
+        sid = one.schedule(at_gate, at)
+        GATES[at].reach()
+        ours, one.executor._pid = one.executor._pid, 0  # as a child finds it
+        one.executor.stop(0)
+        one.worker.running[sid].check()
+        one.executor._pid = ours
+        GATES[at].opened.set()
 
 
 @both_stores

@@ -20,6 +20,7 @@ from transaction import TransactionManager
 from transaction.interfaces import NoTransaction, TransientError
 from waitress import wasyncore
 from webapp import (
+    EXPLICIT,
     GATES,
     KINDS,
     Browser,
@@ -216,8 +217,10 @@ def test_request_is_held_on_every_kind_of_application(web, hold, at_gate):
     assert answer.result().json["status"] == "successful"
 
 
-def test_request_is_held_where_pyramid_tm_is_not_active(hold, at_gate):
-    with browser({"tm.activate_hook": "test_waiting.activate_tm_to_start"}) as web:
+@pytest.mark.parametrize("manager", [{}, EXPLICIT])
+def test_request_is_held_where_pyramid_tm_is_not_active(hold, at_gate, manager):
+    hook = {"tm.activate_hook": "test_waiting.activate_tm_to_start"}
+    with browser(hook | manager) as web:
         url = at_work(web, at_gate)
         answer = hold(web, f"{url}?wait={LONG}")
         GATES[at_gate].opened.set()

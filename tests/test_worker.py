@@ -14,7 +14,7 @@ from uuid import uuid4
 import pytest
 import transaction
 import ZODB
-from bare import ROOT, LosesReply, Process, memory, process, together
+from bare import ROOT, Clock, LosesReply, Process, memory, process, together
 from persistent import Persistent
 from persistent.mapping import PersistentMapping
 from transaction.interfaces import TransientError
@@ -580,6 +580,56 @@ def test_job_lost_by_its_worker_may_be_haunted(durable, key):
         assert table.get(sid).haunted
 
 
+def test_job_that_was_freed_may_be_haunted(durable, key):
+    sid = durable.schedule(count, ROOT, key)
+    assert durable.worker.free(sid, durable.die(sid))
+    with durable.transaction() as (table, _):
+        assert table.get(sid).haunted
+
+
+def conflict_when_told(key):
+    CALLS[key].append(current_job().attempt)
+    current_job().interrupt(JobDismissed("meanwhile"))
+    raise ConflictError("injected")
+
+
+def test_job_that_was_told_while_it_waited_after_a_conflict_is_not_called_again(one, key):
+    sid = one.run(conflict_when_told, key)
+    assert (one.status(sid).status, len(CALLS[key])) == ("dismissed", 1)
+
+
+def note_oneself():
+    CALLS[current_job().sid].append("called")
+
+
+def test_bell_of_a_job_that_was_dismissed_before_it_began_runs_nothing(one):
+    one.worker.keeps = False  # as where a broker keeps the bells
+    sid = one.schedule(note_oneself)
+    one.cancel(sid)
+    one.worker.run(sid)
+    assert (one.status(sid).status, CALLS.pop(sid, [])) == ("dismissed", [])
+
+
+def test_job_that_a_queue_of_this_process_takes_from_nobody_is_not_haunted(durable, key):
+    sid = durable.schedule(count, ROOT, key)
+    durable.record(sid, holder=None)
+    durable.worker.run(sid, None)
+    assert durable.status(sid).status == "successful"
+    with durable.transaction() as (table, _):
+        assert not table.get(sid).haunted
+
+
+def test_who_waits_for_a_change_is_told_when_a_job_ends(one):
+    seen = one.worker.changes.count
+    one.run(give, 1)
+    assert one.worker.changes.count > seen
+
+
+def test_failed_job_leaves_no_transaction_to_who_ran_it(one, key):
+    one.run(mark_and_raise, ROOT, key, ZeroDivisionError)
+    assert transaction.manager.manager._txn is None
+
+
 @pytest.mark.parametrize("in_commit", [False, True])
 def test_error_that_a_data_manager_would_retry_is_retried(one, key, in_commit):
     sid = one.run(meet_a_deadlock, key, 4, in_commit)
@@ -657,7 +707,8 @@ def test_blob_of_a_file_belongs_to_the_readers_connection(kind):
 def test_failure_that_the_user_reads_is_found_in_a_log_of_warnings(durable, caplog):
     caplog.set_level(logging.WARNING)
     failure = durable.status(durable.run(fail_for_the_user)).failure
-    assert failure.error_id in caplog.text
+    [record] = [r for r in caplog.records if failure.error_id in r.getMessage()]
+    assert (record.levelname, record.exc_info) == ("WARNING", None)
 
 
 @UNSTORABLE
@@ -1304,6 +1355,32 @@ def test_id_of_the_error_that_the_user_sees_is_in_the_log(one, key, caplog):
     for sid in (claimed, freed):
         [line] = [r.getMessage() for r in caplog.records if sid in r.getMessage()]
         assert f"errorID {one.status(sid).failure.error_id}: 3 attempts ended" in line
+
+
+def fail_first_and_wait(key, name):
+    CALLS[key].append(current_job().attempt)
+    if len(CALLS[key]) == 1:
+        raise KeyError
+    GATES[name].pass_through()
+
+
+@pytest.mark.parametrize("kind", ["ram", "zodb"])
+def test_dismissal_of_a_second_attempt_leaves_the_start_that_was_shown(db, kind, key, at):
+    clock = Clock()
+    with process(kind, db, clock=clock) as one:
+        sid = one.schedule(fail_first_and_wait, key, at, retry_on=KeyError)
+        one.worker.run(sid)
+        clock.now += 1000
+        thread = threading.Thread(target=one.worker.run, args=[sid])
+        thread.start()
+        GATES[at].reach()
+        shown = one.status(sid).started
+        assert shown == clock.now
+        one.cancel(sid)
+        assert one.status(sid).started == shown
+        GATES[at].opened.set()
+        thread.join(10)
+        assert one.status(sid).started == shown
 
 
 def test_progress_never_falls(one, key):
