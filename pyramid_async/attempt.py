@@ -151,6 +151,7 @@ class Attempt:
                 raise NotOurs(record)
             if record.run_after is not None and record.run_after > self.store.clock():
                 raise NotDue(record.run_after)
+            self.job.record_read = True
             self.job.request = self.surroundings.prepare(record)
             self._watch(self.table.connection)
             value = self._call(record)
@@ -161,7 +162,7 @@ class Attempt:
         except BaseException as error:
             if self.unread is not None:
                 raise Unreliable(repr(self.unread)) from error
-            if self.may_pass(error):
+            if any(map(self.may_pass, members(error))):
                 raise Passing(repr(error)) from error
             # Before the abort: its text may read objects, also those that the job has changed.
             self.job.failure = failure_of(error)
@@ -199,7 +200,7 @@ class Attempt:
 
     def _set_up(self, job: Job, record: JobRecord, table: Any) -> None:
         job.attempt = record.attempts + (record.status == ACCEPTED)
-        job.revision, job.reached = record.revision, True
+        job.revision = record.revision
         job.cursor = None if record.cursor is None else self.store.unpack(record.cursor, table)
         job.commit_checkpoint = self._checkpoint
         if not job.begun:
@@ -308,7 +309,7 @@ def call_function(f: Any, args: Any, kw: Any) -> Any:
         for kind in DECISIVE:
             for error in members(group):
                 if isinstance(error, kind):
-                    raise error from group
+                    raise error from error.__cause__ or error.__context__ or group
         raise
 
 

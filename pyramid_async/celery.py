@@ -170,16 +170,20 @@ class CeleryExecutor:
             return
         timeout = RECORD_TIMEOUT_AGAIN if again else RECORD_TIMEOUT
         pause, deadline = 0.005, time.monotonic() + timeout
-        while self._takes_jobs() and not self._run(sid, again) and not self._is_known(sid):
+        while self._takes_jobs() and not self._run(sid, again) and not self._is_hidden(sid):
             if time.monotonic() + pause > deadline:
                 log.info("no job %r for a bell: removed, expired or forged", sid)
                 return
             time.sleep(pause)
             pause *= 2
 
-    def _is_known(self, sid: str) -> bool:
-        """Say whether there is a record, which may be hidden: of a removed or expired job."""
-        return bool(transact(self.worker.store, lambda table: table.knows(sid)))
+    def _is_hidden(self, sid: str) -> bool:
+        """Say whether the record is one of a removed or expired job, and none that came by now."""
+
+        def hidden(table: Any) -> bool:
+            return table.knows(sid) and table.get(sid) is None
+
+        return bool(transact(self.worker.store, hidden))
 
     def _run(self, sid: str, again: bool) -> bool:
         try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from copy import copy
 from typing import Any
 
 from pyramid.exceptions import ConfigurationError, URLDecodeError
@@ -121,8 +120,9 @@ class Tween:
         """Return the route that the router would find for *method*, or None."""
         mapper = self.registry.queryUtility(IRoutesMapper)
         # With what other tweens and the application's request methods gave it: predicates ask.
-        probe = copy(request)
-        probe.__dict__["environ"] = {**request.environ, "REQUEST_METHOD": method}
+        probe = object.__new__(type(request))
+        environ = {**request.environ, "REQUEST_METHOD": method}
+        vars(probe).update(vars(request), environ=environ)
         try:
             return mapper(probe)["route"]
         except URLDecodeError:

@@ -36,7 +36,7 @@ class Job:
         self.clock = clock
         self.signature = new_id()
         self.begun = False  # the function was called
-        self.reached = False  # the present attempt could read its record
+        self.record_read = False  # by the present attempt
         self.revision: int | None = None  # of the record that the attempt read
         self.checkpoints = 0
         self.commit_checkpoint: Callable[[Any], None] | None = None

@@ -502,8 +502,6 @@ class Check:
         try:
             if record.arguments is not None:
                 store.unpack(record.arguments, table)
-        except TransientError:
-            raise
         except Exception as error:
             return f"its arguments cannot be loaded: {error!r}"
         return None

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
-from weakref import WeakSet
 
 from persistent import Persistent
 from ZODB.POSException import ConflictError
@@ -50,7 +49,8 @@ class RamStore:
         self.lock = threading.Lock()
         self.votes_ended = threading.Condition(self.lock)
         self.waiting = 0  # transactions that wait for the end of another one's vote
-        self.promising: Any = WeakSet()  # tables of transactions that add records, and live
+        self.promised = 0  # records added by transactions that have not ended
+        self.left: list[int] = []  # and of those that never will
         self.voted: set[Any] = set()  # sids and keys between tpc_vote and tpc_finish
 
     @property
@@ -132,26 +132,19 @@ class RamStore:
 
     # -- called by tables, under no lock
 
-    @property
-    def promised(self) -> int:
-        """How many records are added by transactions that have not ended.
-
-        Nobody ends that of a thread which ended before; it goes with its table.
-        """
-        return sum(len(table._added) for table in self.promising)
-
-    def promise(self, table: RamTable, sid: str) -> None:
+    def promise(self) -> None:
         if self.closed:
             raise RuntimeError("the scheduler was stopped and runs no more jobs: make a new one")
         with self.lock:
+            while self.left:
+                self.promised -= self.left.pop()
             if len(self.pending) + self.promised >= self.max_pending:
                 raise SchedulerFull(self.max_pending)
-            self.promising.add(table)
-            table._added.add(sid)
+            self.promised += 1
 
-    def end_promises(self, table: RamTable) -> None:
+    def forget_promises(self, count: int) -> None:
         with self.lock:
-            self.promising.discard(table)
+            self.promised -= count
 
     def vote(self, serials: dict[str, int], keys: dict[str, tuple[Any, str]]) -> None:
         """Reserve records and keys for one transaction, or raise ConflictError.
@@ -277,9 +270,15 @@ class RamTable:
         self._keys: dict[str, tuple[Any, str]] = {}  # key -> (sid as seen, new sid)
         self._seen: dict[str, str | None] = {}  # key -> sid as last read
 
+    def __del__(self) -> None:
+        # Nobody ends the transaction of a thread that ended before.  No lock: the garbage
+        # collector may run while this very thread holds it.
+        if self._added:
+            self.store.left.append(len(self._added))
+
     def _forget(self) -> None:
         if self._added:
-            self.store.end_promises(self)
+            self.store.forget_promises(len(self._added))
         for held in (self._records, self._changed, self._removed, self._added):
             held.clear()
         self._keys.clear()
@@ -327,7 +326,8 @@ class RamTable:
 
     def add(self, record: JobRecord) -> None:
         self._join()  # first: only a transaction that we take part in takes promises back
-        self.store.promise(self, record.sid)
+        self.store.promise()
+        self._added.add(record.sid)
         # Where an expired record still has the sid, it is replaced.
         self._adopt(record, self.store.serial(record.sid))._p_changed = True
 
@@ -427,7 +427,9 @@ class RamTable:
     def _undo(self, sid: str) -> None:
         del self._changed[sid]
         self._records.pop(sid, None)
-        self._added.discard(sid)
+        if sid in self._added:
+            self._added.discard(sid)
+            self.store.forget_promises(1)
 
     # -- the transaction's data manager
 

@@ -251,27 +251,29 @@ class Worker:
 
     def _run(self, job: Job) -> None:
         conflicts = Conflicts(self.conflict_attempts)
-        while True:
-            begun = time.monotonic()
-            error = self._attempt(job)
-            with job.ending:
-                if job.over:
-                    return  # `fail` has recorded and told it
-                pause = self._conclude(job, error, conflicts, time.monotonic() - begun)
-                job.over = pause is None
-            if pause is None:
-                return
+        while (pause := self._try(job, conflicts)) is not None:
             time.sleep(pause)
 
-    def _attempt(self, job: Job) -> BaseException | None:
-        """Make one attempt; return what it raised."""
-        job.reached = False
+    def _try(self, job: Job, conflicts: Conflicts) -> float | None:
+        """Make one attempt; return the seconds until the next one, or None: there is none."""
+        begun = time.monotonic()
+        job.record_read = False
         try:
             surroundings = self.surroundings()
             self.attempt(job, self.store, surroundings, self.result_timeout, self._begun).run()
         except BaseException as error:
-            return error
-        return None
+            return self._end(job, error, conflicts, time.monotonic() - begun)
+        return self._end(job, None, conflicts, 0.0)
+
+    def _end(
+        self, job: Job, error: BaseException | None, conflicts: Conflicts, elapsed: float
+    ) -> float | None:
+        with job.ending:
+            if job.over:
+                return None  # `fail` has recorded and told it
+            pause = self._conclude(job, error, conflicts, elapsed)
+            job.over = pause is None
+        return pause
 
     def _conclude(
         self, job: Job, error: BaseException | None, conflicts: Conflicts, elapsed: float
@@ -298,22 +300,22 @@ class Worker:
                 log.info("%s", error)
                 transact(self.store, lambda table: self._dismiss(job, table))
             case JobStopped():
-                self._return(job, error)
+                self._give_back(job, error)
             case _:
                 self._fail(job, error, job.failure)
         return None
 
     def _after_last(self, job: Job, error: TransientError) -> None:
         """Fail a job that met too many conflicts."""
-        if not job.reached:
+        if not job.record_read:
             # No fault of the job, which the storage did not even let begin.
-            self._return(job, error)
+            self._give_back(job, error)
         elif isinstance(error, Passing):
             self._fail(job, error.__cause__ or error)
         else:
             self._fail(job, error, failure_of(error, self.store.explain(error)))
 
-    def _return(self, job: Job, why: Any) -> None:
+    def _give_back(self, job: Job, why: Any) -> None:
         log.info("job %r is given back: %s", job.sid, why)
         transact(self.store, lambda table: self._release(job, table))
 

@@ -103,8 +103,7 @@ function dismissal() {
 /** One job, looked at until it is done. */
 class Watch {
   constructor(url, options) {
-    const { headers, credentials } = options;
-    new Request(url, { headers, credentials }); // what no attempt could send is thrown here
+    new Headers(options.headers); // what no attempt could send is thrown here
     this.url = url;
     this.options = options;
     this.since = now();
