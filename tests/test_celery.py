@@ -291,6 +291,21 @@ def test_the_bell_of_a_job_that_was_dismissed_and_removed_keeps_no_worker_waitin
     assert "for a bell" not in caplog.text
 
 
+def test_a_record_that_comes_after_the_look_for_it_is_waited_for(broker, monkeypatch):
+    with client(broker) as web:
+        executor, sid = web.scheduler.executor, "ab" * 16
+
+        def run_too_early(*args, run=executor.worker.run):
+            found = run(*args)
+            monkeypatch.setattr(executor.worker, "run", run)
+            schedule_as(web, sid)
+            return found
+
+        monkeypatch.setattr(executor.worker, "run", run_too_early)
+        executor.answer(sid, again=False)
+        assert web.scheduler.transact(lambda s: s.completed(sid))
+
+
 def schedule_as(web, sid):
     def schedule(scheduler):
         caller = scheduler._caller._replace(new_sid=lambda: sid)

@@ -13,6 +13,7 @@ import ZODB
 from pyramid.csrf import CookieCSRFStoragePolicy
 from pyramid.exceptions import ConfigurationError, URLDecodeError
 from pyramid.httpexceptions import HTTPServiceUnavailable
+from pyramid.request import Request
 from transaction.interfaces import TransientError
 from webapp import (
     GATES,
@@ -1090,6 +1091,21 @@ def test_predicates_that_ask_for_methods_of_the_request_are_asked_by_options_too
     with browser(routes=routes) as web:
         assert web.options("/thing", status=200).json == web.get("/thing").json
         assert preflight(web, "/thing", "GET").headers["Allow"] == "GET, OPTIONS"
+
+
+class Fallback(Request):
+    """A request that has whatever its environ has."""
+
+    def __getattr__(self, name):
+        try:
+            return self.environ[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+def test_preflight_for_an_application_with_requests_of_its_own_kind():
+    with browser(routes=lambda config: config.set_request_factory(Fallback)) as web:
+        assert cors(preflight(web, "/async/x", "DELETE"))["Allow-Origin"] == ORIGIN
 
 
 def test_plain_options_says_what_is_allowed(web):

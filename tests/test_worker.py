@@ -33,7 +33,7 @@ from pyramid_async import (
     OperationFailed,
     current_job,
 )
-from pyramid_async.attempt import Attempt
+from pyramid_async.attempt import Attempt, Surroundings
 from pyramid_async.failures import TEXT_LIMIT, TRACEBACK_LIMIT, members
 from pyramid_async.interfaces import NotSchedulable
 from pyramid_async.jobs import ACCEPTED, RUNNING, Live
@@ -642,6 +642,36 @@ def test_error_that_a_data_manager_would_retry_for_ever_fails_the_job_as_itself(
         assert (one.status(sid).failure.class_name, len(CALLS[key])) == ("Deadlock", 3)
 
 
+class WithoutRequests(Surroundings):
+    """Surroundings that cannot make a request, as where a root factory meets conflicts."""
+
+    def prepare(self, record):
+        raise ConflictError
+
+
+def test_job_whose_request_meets_conflicts_for_ever_fails(db, key):
+    with process("ram", db, surroundings=WithoutRequests, conflict_attempts=3) as one:
+        sid = one.run(give, key)
+        assert one.status(sid).failure.class_name == "ConflictError"
+
+
+def hold_and_conflict(key, times):
+    alive = [ref() is not None for ref in CALLS[key]]
+    local = ArgumentsThatAreNone()
+    CALLS[key].append(weakref.ref(local))
+    if len(alive) < times:
+        raise ConflictError
+    return alive
+
+
+def test_what_an_attempt_held_is_let_go_before_the_next_one(one, key, pauses):
+    gc.disable()
+    try:
+        assert one.result(one.run(hold_and_conflict, key, 3)) == ([False] * 3, None)
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize(
     ("conflicts", "errors", "status", "calls"),
     [(5, 2, "successful", 8), (0, 3, "failed", 3), (5, 3, "failed", 8)],
@@ -909,6 +939,35 @@ def test_failure_for_the_user_in_a_group_is_the_jobs_own(one, key):
     failure, (_, error) = one.status(sid).failure, one.result(sid)
     assert (failure.class_name, failure.text) == ("OperationFailed", "This file is damaged.")
     assert (type(error), str(error)) == (OperationFailed, "This file is damaged.")
+
+
+async def fail_for_a_reason_in_a_group():
+    async def task():
+        try:
+            raise KeyError("the reason")
+        except KeyError as error:
+            raise OperationFailed("This file is damaged.") from error
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(task())
+
+
+def test_failure_in_a_group_keeps_its_reason(one):
+    failure = one.status(one.run(fail_for_a_reason_in_a_group)).failure
+    assert failure.text == "This file is damaged."
+    assert "KeyError: 'the reason'" in failure.traceback
+
+
+def meet_a_deadlock_in_a_group(key):
+    try:
+        meet_a_deadlock(key, 2)
+    except Deadlock as error:
+        raise ExceptionGroup("of one", [error]) from None
+
+
+def test_error_in_a_group_that_a_data_manager_would_retry_is_retried(one, key):
+    sid = one.run(meet_a_deadlock_in_a_group, key)
+    assert (one.status(sid).status, len(CALLS[key])) == ("successful", 3)
 
 
 def test_error_of_retry_on_is_found_in_a_group(one, key):
