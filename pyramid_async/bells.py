@@ -255,7 +255,7 @@ class Bells:
 
         Every process looks for jobs that nobody began: while the workers are behind or down,
         they would fill the queue with copies.  Where it holds more messages than *most*, the
-        number of such jobs, copies are among them, and no more are made.
+        number of such jobs (in all queues), copies are among them, and no more are made.
         """
         length = self._length(ring.queue)
         if not length:

@@ -12,24 +12,10 @@ from typing import Any
 
 from transaction.interfaces import TransientError
 
-from .attempt import (
-    LASTING,
-    Attempt,
-    NotDue,
-    NotOurs,
-    Passing,
-    Surroundings,
-    Unreliable,
-)
+from .attempt import LASTING, Attempt, NotDue, NotOurs, Passing, Surroundings, Unreliable
 from .current import Changes, Job
 from .failures import failure_of, members
-from .interfaces import (
-    JobDismissed,
-    JobFailed,
-    JobInterrupted,
-    JobStopped,
-    JobTaken,
-)
+from .interfaces import JobDismissed, JobFailed, JobInterrupted, JobStopped, JobTaken
 from .jobs import (
     ACCEPTED,
     DISMISSED,
