@@ -81,7 +81,7 @@ async function outcome(job, url, options) {
 
 /** Return a result that is too large for the document; of a file, the link to it. */
 async function fetched(link, url, options) {
-  if (link?.download || !isJson(link?.type)) return link;
+  if (isFile(link)) return link;
   const href = new URL(link.href, url);
   return insist(options, async () => {
     const answer = await ask(href, options, { large: true }, PATIENCE);
@@ -286,6 +286,7 @@ function secondsOf(response) {
 }
 
 const isJson = (type) => /^application\/([\w.+-]+\+)?json\b/i.test(type ?? "");
+const isFile = (link) => Boolean(link?.download) || !isJson(link?.type);
 const linked = (job, rel) => job?.links?.find((link) => link.rel === rel);
 const base = () => globalThis.document?.baseURI ?? globalThis.location?.href;
 
@@ -553,9 +554,8 @@ export class AsyncJobElement extends Base {
     const url = new URL(link.href, absolute(this.src));
     if (!/^https?:$/.test(url.protocol)) return;
     result.href = url.href;
-    const isFile = link.download || !isJson(link.type);
-    result.textContent = isFile ? texts.file : texts.result;
-    result.toggleAttribute("download", isFile);
+    result.textContent = isFile(link) ? texts.file : texts.result;
+    result.toggleAttribute("download", isFile(link));
     result.hidden = false;
   }
 
