@@ -1,9 +1,10 @@
 """This library over Celery against other queues, on the same work: latency and rate.
 
 A request commits a change in the ZODB and schedules a job that commits another one; it is done
-when another connection sees the job's change.  ZEO holds the ZODB; each contestant has two worker
-processes with one job at a time each.  `python -m benchmarks.peers NAME` is such a worker.  Beside
-them, without an aim: this library's own threads, two of them in the process of the requests.
+when another connection sees the job's change.  ZEO holds the ZODB, and then RelStorage; each
+contestant has two worker processes with one job at a time each.  `python -m benchmarks.peers NAME`
+is such a worker.  Beside them, without an aim: this library's own threads, two of them in the
+process of the requests.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
@@ -47,13 +48,24 @@ PLACE = "PEERS_DIRECTORY"
 OURS = "ours"
 THREADS = "threads"  # ours as well
 
-ZODB_CONF = """%import ZEO
+ZEO_CONF = """%import ZEO
 <zodb>
   pool-size 10
   <clientstorage>
     server 127.0.0.1:{port}
     server-sync true
   </clientstorage>
+</zodb>
+"""
+RELSTORAGE_CONF = """%import relstorage
+<zodb>
+  pool-size 10
+  <relstorage>
+    keep-history false
+    <postgresql>
+      dsn host='127.0.0.1' dbname='{name}'
+    </postgresql>
+  </relstorage>
 </zodb>
 """
 INI = """[app:main]
@@ -87,8 +99,15 @@ class Slot(Persistent):
 
 def main(quick: bool) -> None:
     present = {name: peer for name, peer in PEERS.items() if can_run(name, peer)}
+    for title, storage in STORAGES.items():
+        if storage is zeo or is_there(title, "relstorage", "PostgreSQL"):
+            print(f"{title}:")
+            compare(present, storage, quick)
+
+
+def compare(present: dict[str, Peer], storage: Storage, quick: bool) -> None:
     count, rounds = (30, 2) if quick else (300, 7)
-    with surroundings(count) as site, ExitStack() as stack:
+    with surroundings(count, storage) as site, ExitStack() as stack:
         for name, peer in present.items():
             stack.enter_context(peer.working(site, name))
         print(f"{count} jobs, {rounds} rounds: median jobs/s; median latency of single jobs, ms")
@@ -205,9 +224,9 @@ def schedule_ours(request: Any, slot: Slot, number: int, token: str) -> None:
     request.scheduler.schedule(fulfil, slot, token)
 
 
-def after_commit_of(enqueue: Callable[[], Callable[[int, str], Any]]) -> Callable[..., None]:
+def after_commit_of(enqueue: Callable[[str], Callable[[int, str], Any]]) -> Callable[..., None]:
     def schedule(request: Any, slot: Slot, number: int, token: str) -> None:
-        after_commit(request, enqueue(), number, token)
+        after_commit(request, enqueue(os.environ[NAME]), number, token)
 
     return schedule
 
@@ -216,12 +235,12 @@ def after_commit_of(enqueue: Callable[[], Callable[[int, str], Any]]) -> Callabl
 
 
 @cache
-def celery_task() -> Any:
+def celery_task(prefix: str) -> Any:
     from celery import Celery
 
     app = Celery("peers", broker=AMQP, set_as_current=False)
     app.conf.update(
-        task_default_queue=os.environ[NAME] + "-celery",
+        task_default_queue=prefix + "-celery",
         task_ignore_result=True,
         broker_connection_retry_on_startup=True,
     )
@@ -229,24 +248,24 @@ def celery_task() -> Any:
 
 
 def work_celery() -> None:
-    app = celery_task().app
+    app = celery_task(os.environ[NAME]).app
     app.worker_main(["worker", "-c2", "--without-gossip", "--without-mingle", "-lWARNING"])
 
 
 @cache
-def dramatiq_actor() -> Any:
+def dramatiq_actor(prefix: str) -> Any:
     import dramatiq
     from dramatiq.brokers.rabbitmq import RabbitmqBroker
 
     broker = RabbitmqBroker(url=AMQP)
     dramatiq.set_broker(broker)
-    queue = os.environ[NAME] + "-dramatiq"
+    queue = prefix + "-dramatiq"
     return dramatiq.actor(work, broker=broker, queue_name=queue, actor_name="work")
 
 
 def dramatiq_broker() -> Any:
     """For the program of Dramatiq, which calls it in each worker process."""
-    return dramatiq_actor().broker
+    return dramatiq_actor(os.environ[NAME]).broker
 
 
 def work_dramatiq() -> None:
@@ -262,39 +281,40 @@ def work_dramatiq() -> None:
 
 
 @cache
-def rq_queue() -> Any:
+def rq_queue(prefix: str) -> Any:
     from redis import Redis
     from rq import Queue
 
-    return Queue(os.environ[NAME], connection=Redis.from_url(REDIS))
+    return Queue(prefix, connection=Redis.from_url(REDIS))
 
 
 def work_rq() -> None:
     # The other worker forks for each job: each would open the ZODB anew.
     from rq import SimpleWorker
 
-    SimpleWorker([rq_queue()], connection=rq_queue().connection).work(logging_level="WARNING")
+    queue = rq_queue(os.environ[NAME])
+    SimpleWorker([queue], connection=queue.connection).work(logging_level="WARNING")
 
 
 @cache
-def procrastinate_task(connector: str) -> Any:
+def procrastinate_task(connector: str, database: str) -> Any:
     """The task and its application, open where it is only fed."""
     import procrastinate
 
-    conninfo = POSTGRESQL.replace("dbname=test", f"dbname={os.environ[NAME]}")
+    conninfo = POSTGRESQL.replace("dbname=test", f"dbname={database}")
     app = procrastinate.App(connector=getattr(procrastinate, connector)(conninfo=conninfo))
     return app, app.task(work, name="peers.work")
 
 
 @cache
-def procrastinate_defer() -> Callable[[int, str], Any]:
-    app, task = procrastinate_task("SyncPsycopgConnector")
+def procrastinate_defer(database: str) -> Callable[[int, str], Any]:
+    app, task = procrastinate_task("SyncPsycopgConnector", database)
     app.open()
     return lambda number, token: task.defer(number=number, token=token)
 
 
 def work_procrastinate() -> None:
-    procrastinate_task("PsycopgConnector")[0].run_worker(concurrency=1)
+    procrastinate_task("PsycopgConnector", os.environ[NAME])[0].run_worker(concurrency=1)
 
 
 class Peer(NamedTuple):
@@ -327,16 +347,24 @@ class Peer(NamedTuple):
 PEERS = {
     OURS: Peer(schedule_ours, "celery", "RabbitMQ", None, 1),
     "celery": Peer(
-        after_commit_of(lambda: celery_task().delay), "celery", "RabbitMQ", work_celery, 1
+        after_commit_of(lambda name: celery_task(name).delay), "celery", "RabbitMQ", work_celery, 1
     ),
     "dramatiq": Peer(
-        after_commit_of(lambda: dramatiq_actor().send), "dramatiq", "RabbitMQ", work_dramatiq, 1
+        after_commit_of(lambda name: dramatiq_actor(name).send),
+        "dramatiq",
+        "RabbitMQ",
+        work_dramatiq,
+        1,
     ),
     "rq": Peer(
-        after_commit_of(lambda: partial(rq_queue().enqueue, work)), "rq", "Redis", work_rq, 2
+        after_commit_of(lambda name: partial(rq_queue(name).enqueue, work)),
+        "rq",
+        "Redis",
+        work_rq,
+        2,
     ),
     "procrastinate": Peer(
-        after_commit_of(lambda: procrastinate_defer()),
+        after_commit_of(procrastinate_defer),
         "procrastinate",
         "PostgreSQL",
         work_procrastinate,
@@ -355,14 +383,18 @@ PEERS = {
 
 
 def can_run(name: str, peer: Peer) -> bool:
+    return is_there(name, peer.package, peer.service)
+
+
+def is_there(name: str, package: str, service: str | None) -> bool:
     """Return False, and print what is missing, where anything is."""
     try:
-        import_module(peer.package)
+        import_module(package)
     except ImportError as error:
         print(f"  {name}: left out, {error}; pip install -e '.[bench]'")
         return False
-    if peer.service is not None and not listens(SERVICES[peer.service]):
-        print(f"  {name}: left out, no {peer.service} on port {SERVICES[peer.service]}")
+    if service is not None and not listens(SERVICES[service]):
+        print(f"  {name}: left out, no {service} on port {SERVICES[service]}")
         return False
     return True
 
@@ -370,21 +402,41 @@ def can_run(name: str, peer: Peer) -> bool:
 # -- servers ---------------------------------------------------------------------------
 
 
+Storage = Callable[[str, str], AbstractContextManager[str]]
+
+
 @contextmanager
-def surroundings(count: int) -> Iterator[Site]:
-    """A ZEO server with slots, and the files that name it."""
+def zeo(directory: str, name: str) -> Iterator[str]:
+    """A server; gives the configuration of its clients."""
+    port = unused_port()
+    file = str(Path(directory, "data.fs"))
+    server = ["-m", "ZEO.runzeo", "-a", f"127.0.0.1:{port}", "-f", file]
+    with program(Site(directory, name, None), *server):
+        wait_until(lambda: listens(port), "ZEO")
+        yield ZEO_CONF.format(port=port)
+
+
+@contextmanager
+def relstorage(directory: str, name: str) -> Iterator[str]:
+    """A database of PostgreSQL."""
+    with postgresql_database(f"{name}-zodb"):
+        yield RELSTORAGE_CONF.format(name=f"{name}-zodb")
+
+
+STORAGES: dict[str, Storage] = {"ZEO": zeo, "RelStorage": relstorage}
+
+
+@contextmanager
+def surroundings(count: int, storage: Storage = zeo) -> Iterator[Site]:
+    """A storage with slots, and the files that name it."""
     with TemporaryDirectory() as directory, ExitStack() as stack:
         name = "peers" + uuid4().hex[:8]
         os.environ[NAME], os.environ[PLACE] = name, directory
-        port = unused_port()
-        Path(directory, "zodb.conf").write_text(ZODB_CONF.format(port=port))
+        configuration = stack.enter_context(storage(directory, name))
+        Path(directory, "zodb.conf").write_text(configuration)
         Path(directory, "ours.ini").write_text(
             INI.format(directory=directory, broker=AMQP.replace("%", "%%"), queue=f"{name}-ours")
         )
-        file = str(Path(directory, "data.fs"))
-        server = ["-m", "ZEO.runzeo", "-a", f"127.0.0.1:{port}", "-f", file]
-        stack.enter_context(program(Site(directory, name, None), *server))
-        wait_until(lambda: listens(port), "ZEO")
         db = database(directory)
         stack.callback(db.close)
         yield Site(directory, name, stack.enter_context(slots(db, count)))
@@ -441,7 +493,7 @@ def serving(site: Site, name: str, more: dict[str, Any]) -> Iterator[Any]:
 
 
 @contextmanager
-def procrastinate_database(name: str) -> Iterator[None]:
+def postgresql_database(name: str) -> Iterator[None]:
     import psycopg
     from psycopg import sql
 
@@ -451,22 +503,28 @@ def procrastinate_database(name: str) -> Iterator[None]:
 
     run("CREATE DATABASE {}")
     try:
-        import procrastinate
-
-        conninfo = POSTGRESQL.replace("dbname=test", f"dbname={name}")
-        app = procrastinate.App(connector=procrastinate.SyncPsycopgConnector(conninfo=conninfo))
-        with app.open():
-            app.schema_manager.apply_schema()
         yield
     finally:
         run("DROP DATABASE {} WITH (FORCE)")
 
 
+@contextmanager
+def procrastinate_database(name: str) -> Iterator[None]:
+    import procrastinate
+
+    with postgresql_database(name):
+        conninfo = POSTGRESQL.replace("dbname=test", f"dbname={name}")
+        app = procrastinate.App(connector=procrastinate.SyncPsycopgConnector(conninfo=conninfo))
+        with app.open():
+            app.schema_manager.apply_schema()
+        yield
+
+
 def remove_queues(name: str, prefix: str) -> None:
     if name == "procrastinate" and procrastinate_defer.cache_info().currsize:
-        procrastinate_task("SyncPsycopgConnector")[0].close()
+        procrastinate_task("SyncPsycopgConnector", prefix)[0].close()
     elif name == "rq":
-        queue = rq_queue()
+        queue = rq_queue(prefix)
         for sid in queue.finished_job_registry.get_job_ids():
             queue.finished_job_registry.remove(sid, delete_job=True)
         queue.delete(delete_jobs=True)
