@@ -71,6 +71,11 @@ def make_executor(worker: Any, settings: dict[str, Any]) -> CeleryExecutor:
             " include pyramid_zodbconn and set zodbconn.uri to a storage that several processes"
             " share (ZEO, RelStorage), or use async.executor = threads"
         )
+    if worker.store.exclusive:
+        log.warning(
+            "async.executor is celery and the database is one that only this process can open, so"
+            " no worker will run its jobs: use ZEO or RelStorage, or async.executor = threads"
+        )
     bells = (settings["celery.broker"], settings["celery.queue"], settings["max_pending"])
     return CeleryExecutor(worker, lambda: Bells(*bells), settings["shutdown_timeout"])
 

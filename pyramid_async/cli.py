@@ -13,7 +13,8 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
-from pyramid.paster import bootstrap
+from pyramid.config import Configurator, global_registries
+from pyramid.paster import get_app
 from zc.lockfile import LockError  # type: ignore[import-untyped]
 
 from . import manage
@@ -160,21 +161,27 @@ def application(ini: str) -> Iterator[Any]:
     """The scheduler of the application; it runs no jobs in this process."""
     token = idle.set(True)
     try:
-        environment = loaded(ini)
+        registry = loaded(ini)
     finally:
         idle.reset(token)
-    registry = environment["registry"]
+    config = Configurator(registry=registry)
+    config.begin()  # for subscribers that ask for the current registry
     try:
         yield usable(registry.queryUtility(IScheduler), ini)
     finally:
-        environment["closer"]()
+        config.end()
         for database in databases(registry).values():
             database.close()
 
 
 def loaded(ini: str) -> Any:
+    """Make the application and return its registry.
+
+    Without a request: a root factory may want a host, or a transaction to write in.
+    """
     try:
-        return bootstrap(ini)
+        get_app(ini)
+        return global_registries.last
     except LockError as error:
         raise CannotRun(
             f"{ini}: another process has the database open ({error}); on a FileStorage stop it"

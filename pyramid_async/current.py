@@ -125,9 +125,9 @@ class NoJob:
     """The stand-in outside of a job: its calls do nothing, so functions stay callable."""
 
     sid = None
-    request = None
+    request: Any = None
     attempt = 0
-    cursor = None
+    cursor: Any = None
 
     def progress(self, done: float, total: float | None = None, message: Any = None) -> None:
         pass

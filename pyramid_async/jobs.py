@@ -108,6 +108,14 @@ def class_name(kind: type) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
+def name_of(f: Any) -> str:
+    """Return the name of a function, of another object its class's.
+
+    Its repr may load half of a database, and tell it; or raise.
+    """
+    return class_name(f if hasattr(f, "__qualname__") else type(f))
+
+
 # Option of `using` -> (conversion, what is allowed).
 OPTIONS: dict[str, tuple[Any, str]] = {
     "title": (_text, "a text"),

@@ -15,7 +15,7 @@ from transaction.interfaces import TransientError
 
 from .documents import timestamp
 from .interfaces import AsyncError, JobNotFound
-from .jobs import FINAL, STATUSES, UNFINISHED, Failure, JobRecord, JobStatus
+from .jobs import FINAL, STATUSES, UNFINISHED, Failure, JobRecord, JobStatus, name_of
 from .recovery import process_name
 from .transactional import transact
 
@@ -296,7 +296,7 @@ def described(record: JobRecord, job: JobStatus, holder: str | None) -> Report:
     return Report(
         job.sid,
         job,
-        function=name_of(record.function),
+        function=reference_of(record.function),
         queue=record.option("queue"),
         key=record.option("key"),
         run_after=None if job.done else record.run_after,
@@ -305,11 +305,9 @@ def described(record: JobRecord, job: JobStatus, holder: str | None) -> Report:
     )
 
 
-def name_of(function: Any) -> str:
+def reference_of(function: Any) -> str:
     """Return the dotted name of a function, as the ZODB store keeps it."""
-    if isinstance(function, str):
-        return function
-    return f"{function.__module__}:{getattr(function, '__qualname__', repr(function))}"
+    return function if isinstance(function, str) else name_of(function)
 
 
 def as_json(report: Report) -> dict[str, Any]:

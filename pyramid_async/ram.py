@@ -16,7 +16,7 @@ from zope.interface import implementer
 from .conflicts import explain
 from .context import PersistentContext, map_references, refer, resolve_references
 from .interfaces import IJobStore, IJobTable, NotSchedulable, SchedulerFull
-from .jobs import FileResult, JobRecord
+from .jobs import FileResult, JobRecord, name_of
 from .process import Connections, Identity, renew_in_children
 
 # Longest wait for another transaction between its vote and its finish, seconds.
@@ -75,7 +75,7 @@ class RamStore:
 
     def reference(self, f: Any) -> Any:
         if not callable(f):
-            raise NotSchedulable(repr(f), "it is not callable")
+            raise NotSchedulable(name_of(f), "it is not callable")
         return f
 
     def resolve(self, function: Any) -> Any:

@@ -39,8 +39,8 @@ def with_owner(kind: type) -> type:
 
 def origin_of(request: Any) -> tuple[str, str, str]:
     """Return (scheme, host, script name), so that a job makes the URLs of its request."""
-    # As the environ has it: the attribute is decoded.
-    return request.scheme, request.host, request.environ.get("SCRIPT_NAME", "")
+    # As the environ has it: the attribute is decoded, and a DummyRequest has no scheme.
+    return getattr(request, "scheme", "http"), request.host, request.environ.get("SCRIPT_NAME", "")
 
 
 class RequestSurroundings:

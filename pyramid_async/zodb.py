@@ -27,7 +27,7 @@ from zope.interface import implementer
 from .conflicts import explain
 from .context import dumps, loads
 from .interfaces import AsyncError, BadRecord, IJobStore, IJobTable, NotSchedulable
-from .jobs import DISMISSED, FAILED, SUCCESSFUL, JobRecord
+from .jobs import DISMISSED, FAILED, SUCCESSFUL, JobRecord, name_of
 from .process import Connections, Identity
 from .transactional import OwnManager, TransactionManager, transact
 from .zeo import forget_oids_on_reconnect
@@ -131,7 +131,8 @@ class ZodbStore:
         self.identity = Identity()
         self.connections = Connections(db)
         self.pid = os.getpid()
-        forget_oids_on_reconnect(db.storage)
+        for each in db.databases.values():
+            forget_oids_on_reconnect(each.storage)
 
     @property
     def process(self) -> str:
@@ -231,23 +232,23 @@ def locate_root(connection: Any) -> JobRoot:
 
 def dotted_name(f: Any) -> str:
     """Return ``module:qualified.name`` of a function that can be found again by it."""
-    what = repr(f)
+    reference = name_of(f)
     if ismethod(f) and not isinstance(f.__self__, type):
         raise NotSchedulable(
-            what, "it is a bound method; schedule a function and pass the object as its argument"
+            reference,
+            "it is a bound method; schedule a function and pass the object as its argument",
         )
-    module, name = getattr(f, "__module__", None), getattr(f, "__qualname__", None)
-    if not (callable(f) and module and name):
-        raise NotSchedulable(what, "it is not a function of a module")
-    if "<" in name:  # <lambda> or <locals>
+    if not (callable(f) and getattr(f, "__module__", None) and getattr(f, "__qualname__", None)):
+        raise NotSchedulable(reference, "it is not a function of a module")
+    if "<" in f.__qualname__:  # <lambda> or <locals>
         raise NotSchedulable(
-            what, "a lambda or a function inside a function has no name that a worker could find"
+            reference,
+            "a lambda or a function inside a function has no name that a worker could find",
         )
-    reference = f"{module}:{name}"
     with suppress(ImportError, AttributeError, ValueError):
         if find(reference) == f:
             return reference
-    raise NotSchedulable(what, f"{reference} is another object")
+    raise NotSchedulable(reference, "another object has this name")
 
 
 def find(reference: str) -> Any:

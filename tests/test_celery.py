@@ -722,6 +722,11 @@ def test_records_in_ram_are_refused():
         pass
 
 
+def test_a_database_that_no_worker_can_open_is_told(caplog):
+    with browser({"async.executor": "celery"}, zodb="memory://"):
+        assert "no worker will run its jobs: use ZEO or RelStorage" in caplog.text
+
+
 def test_including_the_module_is_enough(broker):
     def include(config):
         config.include("pyramid_async.celery")

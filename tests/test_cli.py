@@ -15,6 +15,7 @@ import transaction
 from persistent.mapping import PersistentMapping
 from pyramid.config import Configurator
 from pyramid.paster import get_app
+from pyramid_zodbconn import get_connection
 from ZODB import DB
 from ZODB.FileStorage import FileStorage
 
@@ -40,6 +41,8 @@ def make_application(global_config, **settings):
         config.include("pyramid_zodbconn")
         if settings.pop("test.bare", None) is None:
             config.include("pyramid_async")
+        if "test.root" in settings:
+            config.set_root_factory(ROOTS[settings["test.root"]])
         return config.make_wsgi_app()
 
 
@@ -195,6 +198,21 @@ def test_nothing_is_found_in_a_new_database(pasync):
     assert pasync("check") == (0, "0 findings\n", "")
     assert pasync("processes") == (0, "", "")
     assert json.loads(pasync("check", "--json")[1]) == {"findings": []}
+
+
+ROOTS = {
+    # As Pyramid's cookiecutter for the ZODB has it.
+    "writes": lambda request: get_connection(request).root().setdefault("app", PersistentMapping()),
+    "wants a host": lambda request: request.environ["shop.tenant"],
+}
+
+
+@pytest.mark.parametrize("kind", ROOTS)
+def test_root_factory_is_not_called(kind, tmp_path, capsys):
+    ini = write_ini(
+        tmp_path, more=f"test.root = {kind}\ntm.manager_hook = pyramid_tm.explicit_manager"
+    )
+    assert pasync_with(ini, capsys, "check") == (0, "0 findings\n", "")
 
 
 # -- it runs nothing -----------------------------------------------------------------------

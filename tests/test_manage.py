@@ -258,6 +258,22 @@ def test_record_that_cannot_be_read_is_shown_and_hides_no_other(durable):
     assert "An unreadable record" in text
 
 
+class Row:
+    """As of an ORM, whose session is closed."""
+
+    def __repr__(self):
+        raise AssertionError("its session is closed")
+
+    def __call__(self):
+        return "called"
+
+
+def test_callable_whose_repr_fails_is_named_by_its_class():
+    with kind("ram-default-retry") as web:
+        sid = ended(web, Row())
+        assert manage.show(web.scheduler, sid).function == "test_manage:Row"
+
+
 def spoil(web, sid, record, trees="unfinished"):
     def store(table):
         getattr(table.root, trees)[table.root.shard(sid)][sid] = record

@@ -90,7 +90,30 @@ def call_drain():
 
 EXECUTORS = []  # for `call_drain`
 
-FUNCTIONS = {f.__name__: f for f in (deposit, break_down, break_down_at_first, count_down)}
+
+class Sql:
+    """A data manager as zope.sqlalchemy's, whose vote is a commit."""
+
+    votes = 0
+
+    def sortKey(self):
+        return "~sqlalchemy:1"
+
+    def tpc_vote(self, txn):
+        Sql.votes += 1
+
+    def nothing(self, txn):
+        pass
+
+    abort = commit = tpc_begin = tpc_finish = tpc_abort = nothing
+
+
+def deposit_in_sql():
+    current_job().request.tm.get().join(Sql())
+
+
+JOBS = (deposit, break_down, break_down_at_first, count_down, deposit_in_sql)
+FUNCTIONS = {f.__name__: f for f in JOBS}
 
 
 def start(request):
@@ -542,6 +565,15 @@ def test_conflict_at_a_job_s_commit_makes_another_attempt(app, registry):
         assert statuses(jobs.drain()) == ["successful"]
         assert plan.struck == [("commit", "during")] * 2
     assert data(app) == 5
+
+
+def test_fault_during_a_commit_strikes_before_what_commits_when_it_votes(app, registry):
+    with manual(registry) as jobs, faults(registry) as plan:
+        before = Sql.votes
+        post(app, "deposit_in_sql")
+        plan.at("commit", during=conflict)
+        assert statuses(jobs.drain()) == ["successful"]
+    assert Sql.votes == before + 1
 
 
 def test_conflict_at_the_request_s_commit_makes_one_job(app, registry):

@@ -43,6 +43,7 @@ place.addEventListener("jobdone", ({ detail: { status, result } }) => {
   const looks = performance.getEntriesByType("resource").filter(({ name }) => name.includes(job.jobID));
   const asked = `The page asked ${looks.length} times.`;
   answer.textContent = status === "successful" ? `The answer: “${result}”. ${asked}` : asked;
+  if (document.activeElement === cancel) section.focus();
   cancel.hidden = true;
 });
 

@@ -9,7 +9,8 @@ section.addEventListener("jobchange", ({ detail: job }) => {
   section.querySelector("h2").textContent = heading;
 });
 
-section.addEventListener("jobdone", () => end().catch(() => location.reload()));
+// Where that page cannot be had, the element has shown the end already.
+section.addEventListener("jobdone", () => end().catch(() => {}));
 // Where the job is gone the server's page says so.
 section.addEventListener("joberror", ({ detail: error }) => {
   if (error.problem?.status === 404) location.reload();

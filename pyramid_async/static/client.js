@@ -103,7 +103,8 @@ function dismissal() {
 /** One job, looked at until it is done. */
 class Watch {
   constructor(url, options) {
-    new Headers(options.headers); // what no attempt could send is thrown here
+    const { headers, credentials } = options;
+    new Request(url, { headers, credentials }); // what no attempt could send is thrown here
     this.url = url;
     this.options = options;
     this.since = now();
@@ -118,7 +119,8 @@ class Watch {
       while (!this.tell(job)) {
         await until(this.options.signal, pause);
         const known = job !== undefined;
-        [job, pause] = await insist(this.options, () => this.look(known));
+        // After an absence the page shows what is before it is held again.
+        [job, pause] = await insist(this.options, (away) => this.look(known && !away));
       }
       return job;
     } finally {
@@ -202,10 +204,13 @@ class Watch {
 
 /** Repeat an attempt while the network or the server is away and while nobody looks. */
 async function insist({ signal, onRetry }, attempt) {
-  for (let failures = 0; ; failures += 1) {
-    while (globalThis.document?.hidden) await until(signal, Infinity, document, "visibilitychange");
+  for (let failures = 0, away = false; ; failures += 1, away = true) {
+    while (globalThis.document?.hidden) {
+      away = true;
+      await until(signal, Infinity, document, "visibilitychange");
+    }
     try {
-      return await attempt();
+      return await attempt(away);
     } catch (error) {
       signal?.throwIfAborted();
       if (error instanceof JobProblem && !error.passes) throw error;
@@ -265,7 +270,9 @@ async function ask(url, { signal, headers, credentials, token }, init = {}, seco
 }
 
 async function read(response) {
-  if (isJson(response.headers.get("Content-Type"))) return response.json();
+  const isRead = isJson(response.headers.get("Content-Type"));
+  // A refusal counts, whatever it says.
+  if (isRead) return response.ok ? response.json() : response.json().catch(() => undefined);
   await response.body?.cancel();
 }
 
@@ -443,6 +450,7 @@ export class AsyncJobElement extends Base {
     const { cancel: button } = this.#parts;
     const stop = this.#stop;
     if (!stop || stop.signal.aborted || button.getAttribute("aria-disabled") === "true") return;
+    if (this.#refused) this.#say(""); // that it is said again is heard
     // Not disabled: it would lose the focus.
     button.setAttribute("aria-disabled", "true");
     try {
@@ -454,6 +462,11 @@ export class AsyncJobElement extends Base {
     } finally {
       button.removeAttribute("aria-disabled");
     }
+  }
+
+  /** Say whether the status tells that the job could not be cancelled. */
+  get #refused() {
+    return this.#parts.status.textContent === texts.notCancelled;
   }
 
   get src() {
@@ -493,7 +506,6 @@ export class AsyncJobElement extends Base {
     bar.hidden = false;
     bar.removeAttribute("aria-valuenow");
     fill.style.inlineSize = "";
-    cancel.textContent = texts.cancel;
     this.#say("");
     this.#name();
   }
@@ -510,9 +522,13 @@ export class AsyncJobElement extends Base {
 
   #show(job) {
     if (this.#job?.done) return;
+    const before = this.#job;
     this.#job = job;
     this.#name();
-    this.#say(texts[job.status] ?? job.status);
+    // Not before: a module that puts another language there runs after the elements are made.
+    if (!before) this.#parts.cancel.textContent = texts.cancel;
+    // That the job could not be cancelled stands until it is news no more.
+    if (job.status !== before?.status || !this.#refused) this.#say(texts[job.status] ?? job.status);
     this.#parts.message.textContent = job.message ?? "";
     this.#measure(job);
     if (job.done) this.#end(job);
