@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -12,10 +12,10 @@ import transaction
 from pyramid_async.interfaces import IScheduler
 
 from .jobs import small
-from .surroundings import application, database, fill, zodb_scheduler
+from .rounds import wait_until
+from .surroundings import application, completed, database, fill, zodb_scheduler
 
 LIMIT = 2000
-PATIENCE = 30.0  # seconds
 
 
 def main(quick: bool) -> None:
@@ -68,20 +68,9 @@ def one_life(scheduler: Any, size: Callable[[], int]) -> list[int]:
     transaction.get().addAfterCommitHook(lambda committed: sizes.append(size()))
     sid = scheduler.schedule(small, "some text ", 20)
     transaction.commit()
-    wait_for(scheduler, sid)
+    wait_until(partial(completed, scheduler, sid), f"job {sid!r} is not done", look=0.001)
     sizes.append(size())
     scheduler.get_result(sid)
     transaction.commit()
     sizes.append(size())
     return [after - before for before, after in pairwise(sizes)]
-
-
-def wait_for(scheduler: Any, sid: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        transaction.begin()
-        if scheduler.completed(sid):
-            return
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"job {sid!r} is not done")
-        time.sleep(0.001)

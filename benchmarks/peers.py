@@ -33,7 +33,7 @@ from pyramid.config import Configurator
 from pyramid.request import Request
 from pyramid.response import Response
 
-from .rounds import Ratio, interleaved, print_ratio
+from .rounds import Ratio, interleaved, print_ratio, wait_until
 
 AMQP = "amqp://guest:guest@127.0.0.1:5672/%2F"
 REDIS = "redis://127.0.0.1:6379/0"
@@ -216,17 +216,14 @@ def database(directory: str) -> Any:
     return ZODB.config.databaseFromURL(str(Path(directory, "zodb.conf")))
 
 
-def after_commit(request: Any, call: Callable[[int, str], Any], number: int, token: str) -> None:
-    request.tm.get().addAfterCommitHook(lambda ok: ok and call(number, token))
-
-
 def schedule_ours(request: Any, slot: Slot, number: int, token: str) -> None:
     request.scheduler.schedule(fulfil, slot, token)
 
 
 def after_commit_of(enqueue: Callable[[str], Callable[[int, str], Any]]) -> Callable[..., None]:
     def schedule(request: Any, slot: Slot, number: int, token: str) -> None:
-        after_commit(request, enqueue(os.environ[NAME]), number, token)
+        call = enqueue(os.environ[NAME])
+        request.tm.get().addAfterCommitHook(lambda ok: ok and call(number, token))
 
     return schedule
 
@@ -412,7 +409,7 @@ def zeo(directory: str, name: str) -> Iterator[str]:
     file = str(Path(directory, "data.fs"))
     server = ["-m", "ZEO.runzeo", "-a", f"127.0.0.1:{port}", "-f", file]
     with program(Site(directory, name, None), *server):
-        wait_until(lambda: listens(port), "ZEO")
+        wait_until(lambda: listens(port), "ZEO does not answer", PATIENCE)
         yield ZEO_CONF.format(port=port)
 
 
@@ -545,14 +542,6 @@ def unused_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{what} does not answer after {PATIENCE:g} s")
-        time.sleep(0.05)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ and ask as fast as they are answered.
 from __future__ import annotations
 
 import logging
-import time
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median, quantiles
 from typing import Any
@@ -18,8 +17,8 @@ from waitress.server import create_server
 from pyramid_async.interfaces import IScheduler
 
 from .jobs import nothing, wait_at_gate
-from .load import PATIENCE, THREADS, Client, in_another_process
-from .rounds import Ratio, print_ratio
+from .load import THREADS, Client, in_another_process
+from .rounds import Ratio, print_ratio, wait_until
 from .surroundings import application
 
 
@@ -104,8 +103,7 @@ def start_jobs(scheduler: Any) -> tuple[str, str]:
 
 
 def wait_for(scheduler: Any, sid: str, status: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while scheduler.transact(lambda inside: inside.status(sid)).status != status:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"job {sid!r} is not {status}")
-        time.sleep(0.01)
+    def reached() -> bool:
+        return scheduler.transact(lambda inside: inside.status(sid)).status == status
+
+    wait_until(reached, f"job {sid!r} is not {status}")

@@ -33,6 +33,7 @@ from .peers import (
     slots,
     surroundings,
 )
+from .rounds import wait_until
 
 RATE = 100_000 / 3600  # jobs per second
 WARM = 20
@@ -67,7 +68,8 @@ def main(quick: bool) -> None:
         if not quick:
             print("Bytes that a job adds to the database's file until its record is removed:")
             for title, place in places.items():
-                wait_until_removed(place.site)
+                removed = partial(all_removed, place.site.connection)
+                wait_until(removed, "records are still there", GONE, look=1)
                 grown = place.file.stat().st_size - place.size
                 print(f"  {title:33} {grown / (WARM + single + steady + flood):7,.0f}")
 
@@ -110,18 +112,10 @@ def ends(connection: Any, token: str, due: list[float]) -> dict[int, float]:
     return seen
 
 
-def wait_until_removed(site: Site) -> None:
-    deadline = time.monotonic() + GONE
-    while records_in(site.connection):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"records are still there after {GONE:g} s")
-        time.sleep(1)
-
-
-def records_in(connection: Any) -> bool:
+def all_removed(connection: Any) -> bool:
     with connection.transaction_manager:
         jobs = connection.root()["pyramid_async"]
-        return any(jobs.unfinished) or any(jobs.finished)
+        return not (any(jobs.unfinished) or any(jobs.finished))
 
 
 # -- the designs -----------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""Measure contestants in turn, and print their ratios."""
+"""Measure contestants in turn, wait for what they do, and print their ratios."""
 
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from statistics import median
 from typing import NamedTuple, TypeVar
@@ -31,6 +32,17 @@ def interleaved(contestants: dict[str, Callable[[], T]], rounds: int) -> dict[st
             gc.collect()
             measured[name].append(contestants[name]())
     return measured
+
+
+def wait_until(
+    condition: Callable[[], bool], what: str, patience: float = 30.0, look: float = 0.01
+) -> None:
+    """Return once the condition is true; raise TimeoutError, which tells *what* is missing."""
+    deadline = time.monotonic() + patience
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} after {patience:g} s")
+        time.sleep(look)
 
 
 def print_ratio(measured: dict[str, list[float]], ratio: Ratio) -> None:

@@ -7,9 +7,9 @@ import secrets
 import time
 import unicodedata
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from BTrees.IOBTree import IOBTree
 from BTrees.Length import Length
@@ -69,15 +69,17 @@ class Dataset(Persistent):
 
     def page(self, start: int, size: int, query: str = "") -> Page:
         """Return *size* rows from the *start*-th of those that match."""
-        if not split_words(query):
-            found: Any = range(self.rows_kept)
-        else:
-            found = self.search(query)
+        found = self.search(query)
         return Page([self.rows[number] for number in found[start : start + size]], len(found))
 
-    def search(self, query: str) -> array[int]:
-        """Return the numbers of the rows where each word of the query begins some word."""
+    def search(self, query: str) -> Sequence[int]:
+        """Return the numbers of the rows where each word of the query begins some word.
+
+        Those of all rows where it has no word.
+        """
         words = split_words(query)
+        if not words:
+            return range(self.rows_kept)
         found = array("i")
         for segment in self.segments:
             found.extend(segment.search(words))
@@ -85,8 +87,7 @@ class Dataset(Persistent):
 
     def matching(self, query: str = "") -> Iterator[Row]:
         """Yield the matching rows, holding few of them in memory."""
-        numbers = self.search(query) if split_words(query) else range(self.rows_kept)
-        for done, number in enumerate(numbers):
+        for done, number in enumerate(self.search(query)):
             if done % ROWS_OF_A_SAVEPOINT == 0:
                 free_memory(self)
             yield self.rows[number]

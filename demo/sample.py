@@ -71,7 +71,6 @@ def write_sample(path: Path) -> None:
     """Make the file unless it is there; it is never seen half-written."""
     if path.exists():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     with open(unfinished, "w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)

@@ -48,10 +48,10 @@ class Surroundings:
         """Return the job's request, or None."""
 
     def end(self) -> None:
-        end(self.tm)
+        end_transaction(self.tm)
 
 
-def end(tm: Any) -> None:
+def end_transaction(tm: Any) -> None:
     """Abort what is left of a transaction, if any is; log what fails."""
     # Asked of the manager, for one that is not explicit would begin a transaction to abort it.
     if pending(tm) is not None:
@@ -130,13 +130,13 @@ class Attempt:
         store: Any,
         surroundings: Any,
         result_timeout: float,
-        begun: Callable[[Job], None],
+        tell_begun: Callable[[Job], None],
     ) -> None:
         self.job = job
         self.store = store
         self.surroundings = surroundings
         self.result_timeout = result_timeout
-        self.begun = begun  # called before the function is called for the first time
+        self.tell_begun = tell_begun  # called before the function is called for the first time
         self.unread: Exception | None = None  # what a load of an object raised
         self._watched: list[Any] = []  # connections
 
@@ -184,34 +184,34 @@ class Attempt:
     def _read(self) -> JobRecord | None:
         """Return the record, or None, as the present transaction sees it."""
         self.table = self.store.table(self.surroundings.tm, self.surroundings.connect)
-        record: JobRecord | None = self.table.get(self.job.sid)
-        return record
+        return self.table.get(self.job.sid)
 
     def _call(self, record: JobRecord) -> Any:
-        job, table = self.job, self.table
-        self._set_up(job, record, table)
+        job = self.job
+        self._set_up(record)
         f = self.store.resolve(record.function)
-        args, kw = self._arguments(record, table)
+        args, kw = self._unpacked(record.arguments) or ((), {})
         with running(job):
             job.check()  # it may have been told while it waited after a conflict
             value = call_function(f, args, kw)
             job.check()
         return value
 
-    def _set_up(self, job: Job, record: JobRecord, table: Any) -> None:
+    def _set_up(self, record: JobRecord) -> None:
+        job = self.job
         job.attempt = record.attempts + (record.status == ACCEPTED)
         job.revision = record.revision
-        job.cursor = None if record.cursor is None else self.store.unpack(record.cursor, table)
+        job.cursor = self._unpacked(record.cursor)
         job.commit_checkpoint = self._checkpoint
         if not job.begun:
             job.begun = True
-            self.begun(job)
+            self.tell_begun(job)
         timeout = record.option("timeout")
         if timeout is not None and job.deadline is None:
             job.deadline = time.monotonic() + timeout
 
-    def _arguments(self, record: JobRecord, table: Any) -> Any:
-        return ((), {}) if record.arguments is None else self.store.unpack(record.arguments, table)
+    def _unpacked(self, payload: Any) -> Any:
+        return None if payload is None else self.store.unpack(payload, self.table)
 
     def _own(self) -> JobRecord:
         """Return the record, signed by this attempt; raise JobDismissed if it lost the job.

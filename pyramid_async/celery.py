@@ -34,7 +34,7 @@ from pyramid.scripts.common import get_config_loader
 from zope.interface import implementer
 
 from .application import close_applications
-from .attempt import end as end_transaction
+from .attempt import end_transaction
 from .bells import AGAIN, BELL, Bells, app, broker_given, listen, take_bells_alone
 from .interfaces import IExecutor, IExecutorFactory, IScheduler
 from .jobs import FRESH
@@ -95,7 +95,7 @@ class CeleryExecutor:
         self.shutdown_timeout = shutdown_timeout
         self.workers = site.concurrency
         self.recovery: Any = None
-        self.stopped = threading.Event()
+        self.stopped = False
         self.suspended = False
         self.unbegun = 0
         self.ends = False  # no more jobs are begun, and the present ones are told
@@ -108,7 +108,7 @@ class CeleryExecutor:
     def start(self) -> None:
         """See IExecutor."""
         with self._locks.setdefault(os.getpid(), threading.Lock()):
-            if self._pid == os.getpid() or self.stopped.is_set():
+            if self._pid == os.getpid() or self.stopped:
                 return
             self.bells = self.make_bells()
             if self.recovery is not None and self.workers:
@@ -148,11 +148,9 @@ class CeleryExecutor:
     def _queue_of(self, sid: str) -> str | None:
         def read(table: Any) -> str | None:
             record = table.get(sid)
-            name: str | None = None if record is None else record.option("queue")
-            return name
+            return None if record is None else record.option("queue")
 
-        name: str | None = transact(self.worker.store, read)
-        return name
+        return transact(self.worker.store, read)
 
     def _ring(
         self, sid: str, queue: str | None, bell: str, most_waiting: int | None = None
@@ -188,7 +186,7 @@ class CeleryExecutor:
         def hidden(table: Any) -> bool:
             return table.knows(sid) and table.get(sid) is None
 
-        return bool(transact(self.worker.store, hidden))
+        return transact(self.worker.store, hidden)
 
     def _run(self, sid: str, again: bool) -> bool:
         try:
@@ -199,11 +197,11 @@ class CeleryExecutor:
             end_transaction(transaction.manager)
 
     def _takes_jobs(self) -> bool:
-        return not (self.suspended or self.ends or self.stopped.is_set())
+        return not (self.suspended or self.ends or self.stopped)
 
     def stop(self, timeout: float | None = None) -> None:
         """See IExecutor."""
-        self.stopped.set()
+        self.stopped = True
         if self._pid != os.getpid():
             return
         self._pid = None

@@ -53,4 +53,4 @@ def client_url(request: Any, **options: Any) -> str:
     ``_app_url="https://api.example.org"`` makes it an address for pages of other hosts.
     """
     options = {"_app_url": request.script_name, **options}
-    return str(request.route_url(ROUTE, _query={"v": request.registry[_KEY].version}, **options))
+    return request.route_url(ROUTE, _query={"v": request.registry[_KEY].version}, **options)

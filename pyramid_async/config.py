@@ -1,4 +1,4 @@
-"""Settings become objects, directives; the only module that names concrete stores and executors."""
+"""Settings become a scheduler with its store and executor; the directives."""
 
 from __future__ import annotations
 
@@ -234,10 +234,11 @@ def add_operation(
 
     *f* may be a dotted name.  *permission* is asked of whoever starts it by that name;
     *options* are those of `using`.  Two operations of one name are a configuration conflict.
+    Raises NotSchedulable for an option at once, for a function when the action is carried out.
     """
     f = config.maybe_dotted(f)
     check_options(options)  # refused now rather than at the first request
-    operation = Operation(name, f, permission, options)
+    operation = Operation(f, permission, options)
 
     def register() -> None:
         scheduler = config.registry.getUtility(IScheduler)

@@ -7,7 +7,8 @@ within containers, `dumps` and `loads` within whatever can be pickled.
 
 A reference can be followed once the transaction that made it has committed.  A new object
 gets its oid by a savepoint; one that no object of the database refers to is added to the
-connection where one is given.  Read `PersistentContext` for the class of that name.
+connection where one is given.  A `PersistentContext` holds references for programs that pass
+them on by themselves.
 """
 
 from __future__ import annotations
@@ -570,18 +571,20 @@ def _leading_root(objs: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _manager_of(root: Any, objects: list[Any]) -> Any:
-    connections = [root] if isinstance(root, Connection) else _jars(objects)
+    connections = _connections(root, objects)
     return connections[0].transaction_manager if connections else None
 
 
 def _database_of(root: Any, objects: list[Any]) -> Any:
     if isinstance(root, DB):
         return root
-    connections = [root] if isinstance(root, Connection) else _jars(objects)
+    connections = _connections(root, objects)
     return connections[0].db() if connections else None
 
 
-def _jars(objects: list[Any]) -> list[Any]:
+def _connections(root: Any, objects: list[Any]) -> list[Any]:
+    if isinstance(root, Connection):
+        return [root]
     return [obj._p_jar for obj in objects if obj._p_jar is not None]
 
 

@@ -26,7 +26,7 @@ EXPOSED = (
     " WWW-Authenticate"
 )
 # Request headers that a client of the job routes may need, where the preflight names none.
-ACCEPTED = "Authorization, Content-Type, If-None-Match, Prefer, X-CSRF-Token"
+REQUEST_HEADERS = "Authorization, Content-Type, If-None-Match, Prefer, X-CSRF-Token"
 MAX_AGE = "7200"  # seconds; the longest that Chromium honours
 
 _KEY = "pyramid_async.cors"
@@ -137,7 +137,7 @@ class Tween:
                 {
                     "Access-Control-Allow-Methods": allow,
                     "Access-Control-Allow-Headers": (
-                        names if _HEADER_NAMES.fullmatch(names) else ACCEPTED
+                        names if _HEADER_NAMES.fullmatch(names) else REQUEST_HEADERS
                     ),
                     "Access-Control-Max-Age": MAX_AGE,
                 }

@@ -176,11 +176,10 @@ class Changes:
         renew_in_children(self)
 
     def renew(self) -> None:
-        self._lock = threading.Lock()
-        self._condition = threading.Condition(self._lock)
+        self._condition = threading.Condition(threading.Lock())
 
     def tell(self) -> None:
-        with self._lock:
+        with self._condition:
             self.count += 1
             self._condition.notify_all()
 

@@ -121,7 +121,8 @@ class IScheduler(Interface):
     ``request.scheduler`` is bound to ``request.tm``, the request's ZODB connection and its
     user.  ``registry.getUtility(IScheduler)`` is bound to nothing: it uses the thread's
     transaction manager, or the one given by ``using(tm=...)``.  Every method may be called
-    from any thread that owns the transaction; none commits.
+    from any thread that owns the transaction; none commits.  What reads a job's record
+    raises `BadRecord` for what is none; `remove` removes that too, and `jobs` leaves it out.
     """
 
     def using(**options: Any) -> IScheduler:
@@ -205,7 +206,11 @@ class IScheduler(Interface):
         """
 
     def accepted(sid: str) -> Any:
-        """Return the ``202 Accepted`` response for a job of this request."""
+        """Return the ``202 Accepted`` response for a job of this request.
+
+        Raises JobNotFound, and a 503 response where the job is another user's: it has the key.
+        Without a request there is nothing to answer: TypeError.
+        """
 
 
 class IJobStore(Interface):
@@ -388,9 +393,10 @@ class IExecutor(Interface):
     def start() -> None:
         """Start this process's threads, if they do not run."""
 
-    def stop(timeout: float) -> None:
+    def stop(timeout: float | None = None) -> None:
         """Take no more jobs, tell the running ones, and wait *timeout* seconds at most.
 
+        Without it as long as ``async.shutdown_timeout`` says.
         It takes up to a second more where jobs cannot be given back: the database is away.
         """
 

@@ -75,7 +75,7 @@ def _queue(value: Any) -> str:
     # Celery's RabbitMQ takes no others.
     if len(_text(value).encode()) > 255 or value.startswith("amq."):
         raise ValueError
-    return str(value)
+    return value
 
 
 def _count(value: Any) -> int:
@@ -183,14 +183,10 @@ class JobRecord(Persistent):
     failure: Failure | None = None
     exception: Any = None
 
-    def __init__(
-        self, sid: str, now: float, function: Any, arguments: Any = None, **facts: Any
-    ) -> None:
+    def __init__(self, sid: str, now: float, function: Any, **facts: Any) -> None:
         self.sid = sid
         self.created = self.updated = now  # seconds since the epoch
         self.function = function
-        if arguments is not None:
-            self.arguments = arguments
         for name, value in facts.items():
             if value is not None:
                 setattr(self, name, value)
@@ -288,7 +284,7 @@ class JobRecord(Persistent):
             sid,
             now,
             self.function,
-            self.arguments,
+            arguments=self.arguments,
             cursor=self.cursor,
             owner=self.owner,
             origin=self.origin,

@@ -7,22 +7,14 @@ import json
 import logging
 import math
 from collections.abc import Callable
+from secrets import token_hex
 from typing import Any
-from uuid import uuid4
 
 from pyramid.httpexceptions import HTTPException
 from pyramid.response import Response
 from transaction.interfaces import TransientError
 
-from .documents import (
-    JSON,
-    document,
-    dumps,
-    failure,
-    problem,
-    retry_after,
-    to_json,
-)
+from .documents import JSON, document, dumps, failure, problem, retry_after, to_json
 from .interfaces import IScheduler, NotSchedulable, SchedulerFull
 from .jobs import DISMISSED, FAILED
 from .resources import FULL_RETRY, add_resource
@@ -108,24 +100,21 @@ class Dispatcher:
 
     def answers(self, calls: list[Any]) -> list[dict[str, Any]]:
         try:
-            answers = [self.respond(call) for call in calls]
+            answers = [respond(call, self.result_or_error) for call in calls]
         except Undone as error:
             # All jobs of a batch exist or none.
             self.request.tm.doom()
-            answers = [refuse(call, error) for call in calls]
+            undone = dict(error=error.error)
+            answers = [respond(call, lambda _: undone) for call in calls]
         return [answer for answer in answers if answer is not None]
 
-    def respond(self, call: Any) -> dict[str, Any] | None:
-        """Return the response of one call, or None for a notification."""
-        if not is_call(call):
-            return response(None, error=RpcError(INVALID_REQUEST).error)
+    def result_or_error(self, call: dict[str, Any]) -> dict[str, Any]:
         try:
-            answer = dict(result=self.result(call["method"], call.get("params", [])))
+            return dict(result=self.result(call["method"], call.get("params", [])))
         except Undone:
             raise
         except RpcError as error:
-            answer = dict(error=error.error)
-        return response(call["id"], **answer) if "id" in call else None
+            return dict(error=error.error)
 
     def result(self, name: str, params: Any) -> Any:
         try:
@@ -135,7 +124,7 @@ class Dispatcher:
         except SchedulerFull:
             raise Undone(BUSY, {"retryAfter": FULL_RETRY}) from None
         except Exception as error:
-            error_id = uuid4().hex[:12]
+            error_id = token_hex(6)
             log.error("RPC method %r failed, errorID %s", name, error_id, exc_info=error)
             raise Undone(INTERNAL_ERROR, {"errorID": error_id}) from None
 
@@ -174,11 +163,12 @@ def response(id: Any, **answer: Any) -> dict[str, Any]:
     return {"jsonrpc": "2.0", **answer, "id": id}
 
 
-def refuse(call: Any, error: RpcError) -> dict[str, Any] | None:
-    """Return the response of a call in a batch that was undone."""
+def respond(call: Any, result_or_error: Callable[..., dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the response of one call, or None for a notification."""
     if not is_call(call):
         return response(None, error=RpcError(INVALID_REQUEST).error)
-    return response(call["id"], error=error.error) if "id" in call else None
+    answer = result_or_error(call)
+    return response(call["id"], **answer) if "id" in call else None
 
 
 # -- the methods -------------------------------------------------------------------------

@@ -28,8 +28,7 @@ def page(request: Any) -> dict[str, Any]:
 
 def limit_of(request: Any) -> int:
     """Return how many jobs a page has, or raise a 400."""
-    given = parameters(request, "limit")
-    limits = [digits(text) for text in given] or [LIMIT]
+    limits = [digits(text) for text in parameters(request, "limit")] or [LIMIT]
     if not all(limits):
         raise problem(400, detail=f"limit must be a whole number from 1 to {MOST}")
     return min(MOST, limits[0] or LIMIT)

@@ -16,7 +16,7 @@ from transaction.interfaces import TransientError
 from .documents import timestamp
 from .interfaces import AsyncError, JobNotFound
 from .jobs import FINAL, STATUSES, UNFINISHED, Failure, JobRecord, JobStatus, name_of
-from .recovery import process_name
+from .process import process_name
 from .transactional import transact
 
 log = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class Inside(NamedTuple):
 
     @property
     def now(self) -> float:
-        return float(self.scheduler.store.clock())
+        return self.scheduler.store.clock()
 
 
 # -- list ------------------------------------------------------------------------------
@@ -146,8 +146,7 @@ def page(
     """
     place = Place.of(cursor)
     search = Search(frozenset(statuses), text.casefold(), place, limit, scan)
-    found: Page = look(scheduler, search.run)
-    return found
+    return look(scheduler, search.run)
 
 
 def follow(scheduler: Any, limit: int, cursor: str | None = None, **wanted: Any) -> Page:
@@ -236,7 +235,7 @@ class Search(NamedTuple):
 def is_done(record: Any) -> bool:
     """Say whether a record is one that ended; what cannot be read is none."""
     try:
-        return bool(record.done)
+        return record.done
     except TransientError:
         raise
     except Exception:
@@ -310,6 +309,16 @@ def reference_of(function: Any) -> str:
     return function if isinstance(function, str) else name_of(function)
 
 
+def as_text(report: Report) -> str:
+    """Return in a few words why a job failed, or how far it is."""
+    if report.fault or report.job is None:
+        return report.fault or ""
+    if report.failure is not None and report.job.done:
+        return f"{report.failure.class_name}: {report.failure.message}"
+    percent = f"{report.job.progress} % " if report.job.progress and not report.job.done else ""
+    return percent + (report.job.message or "")
+
+
 def as_json(report: Report) -> dict[str, Any]:
     """Return a job for programs; what is not known is left out."""
     job, failure = report.job, report.failure
@@ -378,7 +387,7 @@ def shown_processes(inside: Inside) -> list[Process]:
 
 def is_silent(inside: Inside, seen: float) -> bool:
     """Say whether a process should have shown life; clocks may differ, so it decides nothing."""
-    return bool(inside.now - seen > inside.scheduler.executor.recovery.lease)
+    return inside.now - seen > inside.scheduler.executor.recovery.lease
 
 
 # -- cancel, retry, purge --------------------------------------------------------------
@@ -390,7 +399,7 @@ def cancel(scheduler: Any, sid: str, who: str | None = None) -> bool:
     if done:
         log.info("job %r was dismissed by operator %r", sid, who)
     # Asked again: the reply to a commit of ours may have been lost.
-    return bool(done) or show(scheduler, sid).status == "dismissed"
+    return done or show(scheduler, sid).status == "dismissed"
 
 
 def retry(scheduler: Any, sid: str, who: str | None = None) -> str:
@@ -434,8 +443,7 @@ def remove_all(sids: list[str], inside: Inside) -> int:
 
 def check(scheduler: Any) -> list[Finding]:
     """Return what is not as it should be.  Cost: loads every record, once."""
-    found: list[Finding] = look(scheduler, lambda inside: list(Check(inside).findings()))
-    return found
+    return look(scheduler, lambda inside: list(Check(inside).findings()))
 
 
 class Check:
@@ -503,13 +511,3 @@ class Check:
         except Exception as error:
             return f"its arguments cannot be loaded: {error!r}"
         return None
-
-
-def as_text(report: Report) -> str:
-    """Return in a few words why a job failed, or how far it is."""
-    if report.fault or report.job is None:
-        return report.fault or ""
-    if report.failure is not None and report.job.done:
-        return f"{report.failure.class_name}: {report.failure.message}"
-    percent = f"{report.job.progress} % " if report.job.progress and not report.job.done else ""
-    return percent + (report.job.message or "")

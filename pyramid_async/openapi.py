@@ -59,14 +59,10 @@ def path_item(name: str, methods: list[str]) -> dict[str, Any]:
     """Describe a route: each of its methods; HEAD as GET without a body."""
     item: dict[str, Any] = {}
     for method in methods:
-        described = (
-            as_head(OPERATIONS[name, "GET"]) if method == "HEAD" else OPERATIONS[name, method]
-        )
-        item[method.lower()] = {
-            "operationId": f"{method.lower()}_{name}",
-            **described,
-            "responses": {**USUAL, **described["responses"]},
-        }
+        described = OPERATIONS[name, "GET" if method == "HEAD" else method]
+        responses = {**USUAL, **described["responses"]}
+        whole = {"operationId": f"{method.lower()}_{name}", **described, "responses": responses}
+        item[method.lower()] = as_head(whole) if method == "HEAD" else whole
     if name in PATH_PARAMETERS:
         item["parameters"] = PATH_PARAMETERS[name]
     return item
@@ -75,7 +71,7 @@ def path_item(name: str, methods: list[str]) -> dict[str, Any]:
 def as_head(get: dict[str, Any]) -> dict[str, Any]:
     responses = {
         status: {member: value for member, value in described.items() if member != "content"}
-        for status, described in {**USUAL, **get["responses"]}.items()
+        for status, described in get["responses"].items()
     }
     return {**get, "summary": f"{get['summary']}: the headers alone", "responses": responses}
 
@@ -114,7 +110,7 @@ def query(name: str, text: str, schema: dict[str, Any], **more: Any) -> dict[str
 
 
 def header(name: str, text: str) -> dict[str, Any]:
-    return {"name": name, "in": "header", "description": text, "schema": {"type": "string"}}
+    return {"name": name, "in": "header", "description": text, "schema": TEXT}
 
 
 # What every route may answer: by the application's policy, or when something is broken.
@@ -135,9 +131,7 @@ WAIT = [
     ),
     header("Prefer", "`wait=N`, as the parameter `wait`; wins over it."),
 ]
-MISSING = refusal(
-    "Unknown, expired, removed, or somebody else's: byte for byte the same answer.",
-)
+MISSING = refusal("Unknown, expired, removed, or somebody else's: byte for byte the same answer.")
 BAD = refusal("A malformed parameter.")
 FOLLOW = {
     name: {
@@ -147,7 +141,7 @@ FOLLOW = {
     for name in ("status", "results")
 }
 
-# What the routes' methods do; HEAD and OPTIONS are derived.
+# What the routes' methods do; HEAD is derived.
 OPERATIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("async.jobs", "GET"): {
         "summary": "The user's own jobs, newest first",
@@ -323,7 +317,7 @@ STATUS_INFO = {
             "description": "Seconds after which a look at an unfinished job may be worth it.",
         },
         "result": {"description": "Of a successful job, where it is small JSON."},
-        "error": {"$ref": "#/components/schemas/problem"},
+        "error": ref("problem"),
         "links": LINKS,
     },
 }

@@ -125,7 +125,7 @@ def for_operators(request: Any) -> Any:
     """Return the scheduler, or raise the 404 that a stranger gets for everything."""
     if not manages(request):
         raise no_such_job()
-    return request.registry.getUtility(IScheduler)
+    return scheduler_of(request)
 
 
 def parameter(request: Any, name: str) -> str:
@@ -155,7 +155,7 @@ def is_ours(request: Any) -> bool:
     """Say whether one of our forms was sent, whatever the application checks itself."""
     check_csrf_origin(request)
     token = field(request, "csrf_token")
-    return bool(csrf_policy(request).check_csrf_token(request, token))
+    return csrf_policy(request).check_csrf_token(request, token)
 
 
 def field(request: Any, name: str) -> str:
@@ -283,8 +283,7 @@ def one_list(request: Any, scheduler: Any, name: str, text: str) -> tuple[str, H
 
 
 def list_path(request: Any, **query: str) -> str:
-    path: str = request.route_path("async.manage", _query={k: v for k, v in query.items() if v})
-    return path
+    return request.route_path("async.manage", _query={k: v for k, v in query.items() if v})
 
 
 def table(request: Any, found: Page) -> Html:
@@ -322,8 +321,7 @@ def pill(status: str) -> Html:
 
 
 def job_path(request: Any, sid: str) -> str:
-    path: str = request.route_path("async.manage_job", sid=sid)
-    return path
+    return request.route_path("async.manage_job", sid=sid)
 
 
 def when(request: Any, job: Report) -> Any:
@@ -407,7 +405,7 @@ def details(request: Any, job: Report) -> list[Any]:
         ),
         buttons(request, job),
         retried(request, job),
-        facts(request, job),
+        facts(job),
         failure(job),
     ]
 
@@ -419,7 +417,7 @@ def retried(request: Any, job: Report) -> Html | None:
     return h("p", "It was scheduled again as ", link, ".")
 
 
-def facts(request: Any, job: Report) -> Html:
+def facts(job: Report) -> Html:
     told: list[tuple[str, Any]] = [("Id", h("code", job.sid)), ("Function", code(job.function))]
     if job.job is not None:
         told += [

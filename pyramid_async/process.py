@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import secrets
 from contextlib import suppress
 from typing import Any
-from uuid import uuid4
 from weakref import WeakSet, WeakValueDictionary
 
 from transaction.interfaces import NoTransaction
@@ -21,7 +21,7 @@ _drawn: dict[int, list[str]] = {}
 
 
 class Exit:
-    """Whether the process was told to exit; a class, for a signal handler can take no lock."""
+    """Whether the process was told to exit; no Event, for a signal handler must take no lock."""
 
     asked = False
 
@@ -76,7 +76,7 @@ class Identity:
         known = self._ids.get(os.getpid())
         if known is None:
             # Of two threads that ask first, one wins.
-            known = self._ids.setdefault(os.getpid(), uuid4().hex)
+            known = self._ids.setdefault(os.getpid(), new_id())
             self._living[known] = self
         return known
 
@@ -93,6 +93,11 @@ class Identity:
         """Say whether the id belongs to somebody in this very process."""
         identity = cls._living.get(id)
         return identity is not None and identity._ids.get(os.getpid()) == id
+
+
+def process_name() -> str:
+    """Return what an operator finds a process by; never its identity."""
+    return f"{platform.node()}:{os.getpid()}"
 
 
 class Connections:

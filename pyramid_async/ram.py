@@ -276,15 +276,6 @@ class RamTable:
         if self._added:
             self.store.left.append(len(self._added))
 
-    def _forget(self) -> None:
-        if self._added:
-            self.store.forget_promises(len(self._added))
-        for held in (self._records, self._changed, self._removed, self._added):
-            held.clear()
-        self._keys.clear()
-        self._seen.clear()
-        self._joined = self._voted = False
-
     @property
     def connection(self) -> Any:
         if self._connect:
@@ -438,9 +429,13 @@ class RamTable:
         return f"~pyramid_async.ram:{id(self.store)}"
 
     def abort(self, txn: Any) -> None:
-        if not self._joined:
-            return  # after a successful commit, when all is empty already
-        self._forget()
+        if self._added:
+            self.store.forget_promises(len(self._added))
+        for held in (self._records, self._changed, self._removed, self._added):
+            held.clear()
+        self._keys.clear()
+        self._seen.clear()
+        self._joined = self._voted = False
 
     def tpc_begin(self, txn: Any) -> None:
         pass

@@ -6,7 +6,6 @@ import heapq
 import logging
 import math
 import os
-import platform
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from ZODB.POSException import ConflictError
 
 from .interfaces import JobTaken
 from .jobs import ACCEPTED, FRESH, JobRecord, Live
-from .process import renew_in_children
+from .process import process_name, renew_in_children
 from .transactional import transact
 
 log = logging.getLogger(__name__)
@@ -220,7 +219,7 @@ class Recovery:
     def _is_to_be_shown(self, job: Any) -> bool:
         """Say whether others are to be told of an attempt now: they might run the job too."""
         known = self.store.exclusive or job.signature in self._listed
-        return not known and bool(self.store.clock() - job.started >= SHOWN_AFTER)
+        return not known and self.store.clock() - job.started >= SHOWN_AFTER
 
     def _tell(self, jobs: dict[str, Any], table: Any) -> None:
         for sid, job in jobs.items():
@@ -238,7 +237,7 @@ class Recovery:
         if self.executor.held or self.executor.suspended:
             self._show_life()
         elif self._beating:
-            transact(self.store, self._fall_silent)
+            transact(self.store, partial(self._remove_signs, [self.store.process]))
             self._beating = False
 
     def _show_life(self) -> None:
@@ -277,9 +276,6 @@ class Recovery:
         begun = (live for live in sign.running.values() if live.revision is not None)
         return {live.signature for live in begun}
 
-    def _fall_silent(self, table: Any) -> None:
-        table.remove_sign(self.store.process)
-
     # -- lost jobs
 
     def look(self) -> None:
@@ -315,7 +311,7 @@ class Recovery:
         """Rescue the job if it is lost; return the seconds since its end, if it ended."""
         try:
             if record.done:
-                return float(now - record.finished)
+                return now - record.finished
             if record.run_after is None or record.run_after <= now:
                 self._rescue(record, table)
             elif record.holder == self.store.process:
@@ -352,7 +348,7 @@ class Recovery:
             # Clocks of other machines are believed in this alone: whether to wait a little.
             since = max(record.updated, record.run_after or 0.0)
             # One that is ahead by more than that is wrong.
-            return bool(abs(self.store.clock() - since) >= self.executor.grace)
+            return abs(self.store.clock() - since) >= self.executor.grace
         if holder == self.store.process:
             return True  # an attempt of ours ended without a word
         if self.store.exclusive:
@@ -397,8 +393,3 @@ class Recovery:
     def _remove_signs(self, processes: list[str], table: Any) -> None:
         for process in processes:
             table.remove_sign(process)
-
-
-def process_name() -> str:
-    """Return what an operator finds a process by; never its identity."""
-    return f"{platform.node()}:{os.getpid()}"

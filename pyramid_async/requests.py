@@ -12,9 +12,8 @@ from pyramid.request import Request
 from pyramid.scripting import prepare
 from pyramid.threadlocal import manager as threadlocals
 
-from .attempt import end
+from .attempt import Surroundings
 from .jobs import JobRecord
-from .transactional import mark
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ def origin_of(request: Any) -> tuple[str, str, str]:
     return getattr(request, "scheme", "http"), request.host, request.environ.get("SCRIPT_NAME", "")
 
 
-class RequestSurroundings:
+class RequestSurroundings(Surroundings):
     """What an attempt runs in, in a Pyramid application.
 
     ``request.tm`` is made as pyramid_tm makes it, so ``tm.manager_hook`` is honoured; the
@@ -54,14 +53,11 @@ class RequestSurroundings:
         factory = registry.queryUtility(IRequestFactory, default=Request)
         self.request = factory.blank("/")
         self.request.registry = registry
-        self.tm = pyramid_tm.create_tm(self.request) if tm is None else tm
+        super().__init__(pyramid_tm.create_tm(self.request) if tm is None else tm)
         self.request.environ.update({"tm.manager": self.tm, "tm.active": True})
         self.request.tm = self.tm
         self.connect = connect and (lambda: connect(self.request))
         self._depth = len(threadlocals.stack)
-
-    def begin(self) -> None:
-        mark(self.tm.begin())
 
     def prepare(self, record: JobRecord) -> Any:
         """Complete the request with what the scheduling request was: its host and its user."""
@@ -80,7 +76,7 @@ class RequestSurroundings:
 
     def end(self) -> None:
         # Before the connection goes back to its pool.
-        end(self.tm)
+        super().end()
         try:
             self.request._process_finished_callbacks()
         except Exception:

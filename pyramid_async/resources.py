@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+from secrets import token_hex
 from typing import Any
-from uuid import uuid4
 
 from pyramid.httpexceptions import HTTPException
 from pyramid.security import NO_PERMISSION_REQUIRED
@@ -65,8 +65,7 @@ def add_resource(config: Any, name: str, pattern: str, api: bool = True, **views
 
 def resources(registry: Any) -> dict[str, list[str]]:
     """Return what `add_resource` added: route names and their methods."""
-    found: dict[str, list[str]] = registry[_KEY]
-    return found
+    return registry[_KEY]
 
 
 class Outside:
@@ -119,6 +118,6 @@ def unavailable(error: TransientError, request: Any) -> Any:
 
 def broken(error: Exception, request: Any) -> Any:
     """Answer for a defect: with an id that is found in the log, and nothing else."""
-    error_id = uuid4().hex[:12]
+    error_id = token_hex(6)
     log.error("request %r failed, errorID %s", request.path_info, error_id, exc_info=error)
     return problem(500, errorID=error_id)

@@ -78,9 +78,8 @@ NOBODY = Caller(sees_all=True)
 
 
 class Operation(NamedTuple):
-    """A function with a public name, who may start it, and its options."""
+    """A function that has a public name, who may start it by that, and its options."""
 
-    name: str
     function: Any
     permission: str | None
     options: dict[str, Any]
@@ -152,7 +151,8 @@ class Scheduler:
         table = self._table()
         sid = self._caller.new_sid()
         if self._caller.repeated and table.knows(sid):
-            return self._wake_after_commit(sid)  # only the reply to its commit was lost
+            # Only the reply to its commit was lost.
+            return self._wake_after_commit(sid, self._options.get("queue"))
         key = self._options.get("key")
         if key is not None:
             existing = self._unfinished(key, table)
@@ -162,7 +162,7 @@ class Scheduler:
         if key is not None:
             table.take_key(key, sid)
         self.worker.notify(sid, ACCEPTED)
-        return self._wake_after_commit(sid)
+        return self._wake_after_commit(sid, self._options.get("queue"))
 
     def _unfinished(self, key: str, table: Any) -> str | None:
         """Return the sid of the unfinished job that has the key, or None."""
@@ -170,9 +170,8 @@ class Scheduler:
         record = None if sid is None else table.get(sid)
         return None if record is None or record.done else sid
 
-    def _wake_after_commit(self, sid: str) -> str:
-        hook = (sid, self._options.get("queue"))
-        self._tm_in_use().get().addAfterCommitHook(self.executor.wake, hook)
+    def _wake_after_commit(self, sid: str, queue: str | None) -> str:
+        self._tm_in_use().get().addAfterCommitHook(self.executor.wake, (sid, queue))
         return sid
 
     def _record(self, sid: str, f: Any, function: Any, args: Any, kw: Any, table: Any) -> JobRecord:
@@ -182,7 +181,7 @@ class Scheduler:
             sid,
             now,
             function,
-            self.store.pack((args, kw), table) if args or kw else None,
+            arguments=self.store.pack((args, kw), table) if args or kw else None,
             owner=self._caller.owner,
             origin=self._caller.origin,
             process_id=self._operation_name(f),
@@ -202,14 +201,14 @@ class Scheduler:
         if record is None:
             raise JobNotFound(sid)
         if record.retried is not None:
-            return str(record.retried)
+            return record.retried
         if record.status != FAILED:
             raise NotRetriable(sid, f"it is {record.status}; only a failed job can be")
         new = self._caller.new_sid()
         self._take_key(record, new, table)
         table.add(record.again(new, self.store.clock(), self.worker.holder))
         self.worker.notify(new, ACCEPTED)
-        return self.using(queue=record.option("queue"))._wake_after_commit(new)
+        return self._wake_after_commit(new, record.option("queue"))
 
     def _take_key(self, record: JobRecord, new: str, table: Any) -> None:
         key = record.option("key")
@@ -256,8 +255,7 @@ class Scheduler:
     def _exception(self, record: JobRecord, table: Any) -> BaseException:
         if record.exception is not None:
             try:
-                error: BaseException = self.store.unpack(record.exception, table)
-                return error
+                return self.store.unpack(record.exception, table)
             except TransientError:
                 raise
             except Exception as why:  # its class is gone, or is made in another way
@@ -269,10 +267,7 @@ class Scheduler:
         return None if record.result is None else self.store.unpack(record.result, table)
 
     def outcome(self, sid: str) -> tuple[JobStatus, Any] | None:
-        """Return (status, value) without removing anything; None for an unknown job.
-
-        The value is None unless the job was successful.
-        """
+        """See IScheduler."""
         table = self._table()
         record = table.get(sid)
         if record is None:

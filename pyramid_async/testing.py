@@ -23,7 +23,7 @@ from transaction.interfaces import TransientError
 from ZODB.POSException import ConflictError
 from zope.interface import implementer
 
-from .attempt import Attempt, end
+from .attempt import Attempt, end_transaction
 from .interfaces import AsyncError, IExecutor, IScheduler, JobNotFound
 from .jobs import FRESH, JobRecord, JobStatus
 from .recovery import Recovery
@@ -45,8 +45,7 @@ def manual(where: Any) -> ManualExecutor:
 
 
 def _scheduler(where: Any) -> Scheduler:
-    scheduler: Scheduler = where if isinstance(where, Scheduler) else where.getUtility(IScheduler)
-    return scheduler
+    return where if isinstance(where, Scheduler) else where.getUtility(IScheduler)
 
 
 def _replace(undo: ExitStack, owner: Any, **attributes: Any) -> None:
@@ -149,7 +148,7 @@ class ManualExecutor:
         self.restore()
 
     def _close(self) -> None:
-        end(self._reader)
+        end_transaction(self._reader)
         self.store.release(self._reader)
 
     # -- for tests
@@ -172,15 +171,14 @@ class ManualExecutor:
         self.recovery.look()
 
     def _status(self, sid: str) -> JobStatus | None:
-        status: JobStatus | None = self._scheduler.transact(lambda inside: inside.status(sid))
-        return status
+        return self._scheduler.transact(lambda inside: inside.status(sid))
 
     # -- for the library
 
     def wake(self, committed: bool, sid: str, queue: str | None = None) -> None:
         """See IExecutor.  Reads the record, which the executors of real life never do here."""
         with self._lock:
-            end(self._reader)
+            end_transaction(self._reader)
             self._reader.begin()
             table = self.store.table(self._reader)
             record = table.get(sid)

@@ -15,7 +15,7 @@ from typing import Any
 import transaction
 from zope.interface import implementer
 
-from .attempt import end
+from .attempt import end_transaction
 from .interfaces import IExecutor
 from .jobs import FRESH
 from .process import Exit
@@ -136,7 +136,7 @@ class ThreadExecutor:
                 log.exception("job %r: the worker goes on", item[0])
             finally:
                 # Where a job has another manager, what it left in this one would be the next job's.
-                end(transaction.manager)
+                end_transaction(transaction.manager)
                 self._let_go(item[0])
 
     def _let_go(self, sid: str) -> None:

@@ -63,7 +63,7 @@ def visible(request: Any, sid: str, scheduler: Any = None) -> JobStatus | None:
     # Asked for every sid: a policy that raises must not tell which ones exist.
     user = request.authenticated_userid
     job = scheduler.status(sid) if scheduler else transact(request, lambda own: own.status(sid))
-    return job if job is None or sees(request, job, user) else None
+    return job if job is not None and sees(request, job, user) else None
 
 
 def sees(request: Any, job: JobStatus, user: str | None) -> bool:
@@ -207,8 +207,7 @@ def described(request: Any, job: JobStatus) -> dict[str, Any]:
         # The value is read while its connection is open.
         return document(request, *brief_outcome(request, scheduler, job.sid))
 
-    last: dict[str, Any] = transact(request, describe)
-    return last
+    return transact(request, describe)
 
 
 def outcome(scheduler: Any, sid: str) -> tuple[JobStatus, Any]:

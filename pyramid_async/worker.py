@@ -76,8 +76,7 @@ class Worker:
     @property
     def holder(self) -> str | None:
         """In whose queue waits what is scheduled here: this process's, or a broker's (None)."""
-        process: str | None = self.store.process if self.keeps else None
-        return process
+        return self.store.process if self.keeps else None
 
     def run(self, sid: str, seen: int | None = FRESH) -> bool:
         """Run the job if it is ours to run; never raise.
@@ -134,7 +133,7 @@ class Worker:
                 if failure is not None:
                     return failure
                 record.lose(self.store.clock())
-            return bool(record.status == ACCEPTED)
+            return record.status == ACCEPTED
 
         free = transact(self.store, lose)
         if isinstance(free, Failure):
@@ -246,7 +245,7 @@ class Worker:
         job.record_read = False
         try:
             surroundings = self.surroundings()
-            self.attempt(job, self.store, surroundings, self.result_timeout, self._begun).run()
+            self.attempt(job, self.store, surroundings, self.result_timeout, self._tell_begun).run()
         except BaseException as error:
             return self._end(job, error, conflicts, time.monotonic() - begun)
         return self._end(job, None, conflicts, 0.0)
@@ -267,7 +266,7 @@ class Worker:
         """Record and tell how an attempt ended, or return the seconds until the next one."""
         match error:
             case None:
-                self._tell(job, SUCCESSFUL)
+                self.tell(job.sid, SUCCESSFUL)
             case NotOurs():
                 self._not_ours(job, error.args[0])
             case NotDue():
@@ -305,7 +304,7 @@ class Worker:
         log.info("job %r is given back: %s", job.sid, why)
         transact(self.store, lambda table: self._release(job, table))
 
-    def _begun(self, job: Job) -> None:
+    def _tell_begun(self, job: Job) -> None:
         self.tell(job.sid, RUNNING)
 
     def _not_ours(self, job: Job, record: JobRecord | None) -> None:
@@ -313,7 +312,7 @@ class Worker:
         if record is None and not job.begun:
             raise NotOurs(None)
         if record is not None and record.signature == job.signature:
-            self._tell(job, record.status)
+            self._tell_end(job.sid, record.status)
 
     # -- after a failure
 
@@ -334,7 +333,7 @@ class Worker:
             log.info("job %r is %s", job.sid, status)
         if again is not None:
             self.later(again, job.sid)
-        self._tell(job, status)
+        self._tell_end(job.sid, status)
 
     def _log_failure(self, job: Job, error: BaseException, failure: Failure) -> None:
         if failure.text is not None:  # meant for the user: nothing is wrong with the program
@@ -430,9 +429,9 @@ class Worker:
 
     # -- tell
 
-    def _tell(self, job: Job, status: str | None) -> None:
+    def _tell_end(self, sid: str, status: str) -> None:
         if status in (SUCCESSFUL, FAILED):
-            self.tell(job.sid, status)
+            self.tell(sid, status)
 
     def tell(self, sid: str, status: str) -> None:
         """Send the event that a job has become *status*; never raise."""

@@ -75,19 +75,16 @@ class JobRoot(Persistent):
         self.ended = {status: OOBTree() for status in (SUCCESSFUL, FAILED, DISMISSED)}
         self.signs = OOBTree()  # process -> Sign; see recovery
 
-    def expires(self, record: JobRecord) -> tuple[int, str]:
-        """Return the place of a finished record in ``expiry``."""
+    def expiry_key(self, record: JobRecord) -> tuple[int, str]:
+        """Return the key of a finished record in ``expiry``."""
         until = record.expires or 0.0
         if record.haunted:
             until = max(until, (record.finished or 0.0) + HAUNTED)
         return int(until // 60), record.sid
 
-    def shard(self, sid: str) -> int | None:
-        """Return the number of the sid's shard, or None for what is no sid."""
-        try:
-            return int(sid[:2], 16) % len(self.unfinished)
-        except (TypeError, ValueError):
-            return None
+    def shard(self, sid: str) -> int:
+        """Return the number of the sid's shard; raise ValueError or TypeError for what is none."""
+        return int(sid[:2], 16) % len(self.unfinished)
 
     def key_tree(self, key: str) -> Any:
         """Return the tree of a key: the same in every process, which ``hash`` is not."""
@@ -226,8 +223,7 @@ def utc(moment: float) -> str:
 
 def locate_root(connection: Any) -> JobRoot:
     """Return the JobRoot of the connection's database; the store's `install` made it."""
-    root: JobRoot = connection.root()[ROOT_KEY]
-    return root
+    return connection.root()[ROOT_KEY]
 
 
 def dotted_name(f: Any) -> str:
@@ -275,8 +271,9 @@ class ZodbTable:
         return self._find(sid) is not None
 
     def _find(self, sid: str) -> JobRecord | None:
-        shard = self.root.shard(sid)
-        if shard is None:
+        try:
+            shard = self.root.shard(sid)
+        except (TypeError, ValueError):
             return None
         record: Any = self.root.unfinished[shard].get(sid)
         if record is None:
@@ -287,10 +284,10 @@ class ZodbTable:
 
     def drop(self, sid: str) -> None:
         for trees in (self.root.unfinished, self.root.finished):
-            trees[self.root.shard(sid)].pop(sid, None)  # type: ignore[index]
+            trees[self.root.shard(sid)].pop(sid, None)
 
     def add(self, record: JobRecord) -> None:
-        self.root.unfinished[self.root.shard(record.sid)][record.sid] = record  # type: ignore[index]
+        self.root.unfinished[self.root.shard(record.sid)][record.sid] = record
 
     def remove(self, record: JobRecord) -> None:
         self._free_key(record)
@@ -301,8 +298,7 @@ class ZodbTable:
         self.drop(record.sid)
 
     def keyed(self, key: str) -> str | None:
-        sid: str | None = self.root.key_tree(key).get(key)
-        return sid
+        return self.root.key_tree(key).get(key)
 
     def take_key(self, key: str, sid: str) -> None:
         self.root.key_tree(key)[key] = sid
@@ -350,20 +346,20 @@ class ZodbTable:
 
     def archive(self, sid: str) -> None:
         shard = self.root.shard(sid)
-        record = self.root.unfinished[shard].get(sid)  # type: ignore[index]
+        record = self.root.unfinished[shard].get(sid)
         if record is None or not record.done:
             return
-        del self.root.unfinished[shard][sid]  # type: ignore[index]
-        self.root.finished[shard][sid] = record  # type: ignore[index]
+        del self.root.unfinished[shard][sid]
+        self.root.finished[shard][sid] = record
         span = span_of(record.finished)
         self.root.ended[record.status][span, sid] = record.finished, record.owner
-        self.root.expiry[self.root.expires(record)] = span
+        self.root.expiry[self.root.expiry_key(record)] = span
         self._free_key(record)
 
     def forget(self, record: JobRecord) -> None:
         self.root.ended[record.status].pop((span_of(record.finished or 0.0), record.sid), None)
         if not record.haunted:
-            self.root.expiry.pop(self.root.expires(record), None)
+            self.root.expiry.pop(self.root.expiry_key(record), None)
         self.remove(record)
 
     def is_removed(self, record: JobRecord) -> bool:
@@ -382,7 +378,7 @@ class ZodbTable:
             for tree in self.root.ended.values():
                 tree.pop((span, sid), None)
             # No attempt can write a final record, so it need not be written here.
-            self.root.finished[self.root.shard(sid)].pop(sid, None)  # type: ignore[index]
+            self.root.finished[self.root.shard(sid)].pop(sid, None)
         return len(past)
 
     def records(self) -> Iterator[tuple[str, JobRecord]]:
@@ -393,7 +389,7 @@ class ZodbTable:
     def unfinished(self, after: str | None = None) -> Iterator[tuple[str, JobRecord]]:
         trees = self.root.unfinished
         if after:
-            shard = self.root.shard(after) or 0
+            shard = self.root.shard(after)
             yield from trees[shard].items(min=after, excludemin=True)
             trees = trees[shard + 1 :]
         for tree in trees:

@@ -47,7 +47,7 @@ MAP = {
         "persistent transaction zope",
     ),
     # From here on Pyramid is known.
-    "requests": ("jobs transactional attempt", "pyramid pyramid_tm"),
+    "requests": ("jobs attempt", "pyramid pyramid_tm"),
     "documents": ("interfaces jobs", "pyramid"),
     "cors": ("interfaces", "pyramid"),
     "resources": ("interfaces documents cors", "pyramid transaction"),
@@ -58,7 +58,7 @@ MAP = {
         "interfaces jobs documents cors resources waiting results listing",
         "pyramid transaction",
     ),
-    "manage": ("interfaces jobs transactional recovery documents", "transaction"),
+    "manage": ("interfaces jobs process transactional documents", "transaction"),
     "pages": ("interfaces jobs documents resources waiting views manage", "pyramid"),
     "client": ("resources waiting", "pyramid"),
     "jsonrpc": ("interfaces jobs documents resources views", "pyramid transaction"),

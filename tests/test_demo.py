@@ -310,7 +310,7 @@ class Client(TestApp):
             yield connection.root()["demo"].datasets[address.rpartition("/")[2]]
 
     def url_of(self, page):
-        return page.html.find(id="job")["data-url"]
+        return "/async/" + page.request.path.rpartition("/")[2]
 
     def finished(self, page):
         """Wait for the job of a page and return the page that shows its end."""
@@ -507,7 +507,7 @@ def test_import_cancelled_half_way_leaves_no_rows(client, folder, half_way, wait
         sid = client.url_of(page).rpartition("/")[2]
         page = client.press(page, f"/jobs/{sid}/cancel")
     else:
-        token = page.html.find(id="job")["data-token"]
+        token = page.html.find("async-job")["token"]
         answer = client.delete(
             client.url_of(page) + "?only=cancel", headers={"X-CSRF-Token": token}
         )

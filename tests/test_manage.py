@@ -433,6 +433,17 @@ def test_retried_job_belongs_to_the_same_user(web):
     assert web.done(f"/async/{new}", "alice")["status"] == "failed"
 
 
+def test_retried_job_goes_to_the_queue_of_the_failed_one_alone(web, key, monkeypatch):
+    sid, rung = ended(web, fail_once, key), []
+    wake = web.scheduler.executor.wake
+    monkeypatch.setattr(
+        web.scheduler.executor, "wake", lambda *what: rung.append(what) or wake(*what)
+    )
+    new = web.scheduler.transact(lambda bound: bound.using(queue="another").retry(sid))
+    assert rung == [(True, new, None)]
+    assert web.done(f"/async/{new}")["result"] == "well"
+
+
 def test_retry_of_one_job_is_one_job_however_often_it_is_asked_for(web, key):
     sid = ended(web, fail_once, key)
     start, found = threading.Barrier(4), []

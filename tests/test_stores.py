@@ -1459,7 +1459,7 @@ def test_final_states_are_final():
 
 
 def test_finished_record_keeps_nothing_of_its_arguments():
-    record = JobRecord(SID, NOW, int, b"arguments", holder="p")
+    record = JobRecord(SID, NOW, int, arguments=b"arguments", holder="p")
     finish(record, keep=10)
     assert (record.arguments, record.holder, record.expires) == (None, None, NOW + 10)
 

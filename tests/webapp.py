@@ -20,7 +20,6 @@ from pyramid_async import FileResult, OperationFailed, current_job
 from pyramid_async.interfaces import IScheduler
 
 ORIGIN = "https://app.example.org"
-HOST = "http://localhost"
 PATIENCE = 20.0  # seconds after which a gate opens by itself: no test may wait so long
 
 
