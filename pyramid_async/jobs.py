@@ -71,6 +71,11 @@ def _text(value: Any) -> str:
     return value
 
 
+def _key(value: Any) -> str:
+    _text(value).encode()  # UnicodeEncodeError is a ValueError
+    return value
+
+
 def _queue(value: Any) -> str:
     # Celery's RabbitMQ takes no others.
     if len(_text(value).encode()) > 255 or value.startswith("amq."):
@@ -120,7 +125,7 @@ def name_of(f: Any) -> str:
 OPTIONS: dict[str, tuple[Any, str]] = {
     "title": (_text, "a text"),
     "queue": (_queue, "a name of at most 255 bytes in UTF-8 that does not begin with amq."),
-    "key": (_text, "a text"),
+    "key": (_key, "a text that can be encoded in UTF-8"),
     "run_after": (
         _moment,
         "seconds from now, 0 to 1e10, or a datetime with a time zone, of the years 2 to 9998",
@@ -276,11 +281,11 @@ class JobRecord(Persistent):
             self._drop("arguments", "cursor")
 
     def again(self, sid: str, now: float, holder: str | None) -> JobRecord:
-        """Return a new job with the call of this failed one, which gives its arguments away.
+        """Return a new job with the call of this failed one; see `give_away`.
 
         It goes on from the last checkpoint, for what was committed there stays.
         """
-        record = JobRecord(
+        return JobRecord(
             sid,
             now,
             self.function,
@@ -292,9 +297,11 @@ class JobRecord(Persistent):
             options=self.options,
             holder=holder,
         )
+
+    def give_away(self, sid: str) -> None:
+        """Note the job that `again` made, which has the arguments from now on."""
         self.retried = sid
         self._drop("arguments", "cursor")
-        return record
 
     @property
     def haunted(self) -> bool:

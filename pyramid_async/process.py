@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import secrets
+from collections import deque
 from contextlib import suppress
 from typing import Any
-from weakref import WeakSet, WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary, finalize
 
 from transaction.interfaces import NoTransaction
 from ZODB.Connection import Connection
@@ -115,6 +116,10 @@ class Connections:
         # Our connection is an attribute of its manager: a dictionary here would keep both, for
         # a connection refers to its manager.
         self._name = f"_pyramid_async_{id(self)}"
+        # Storages of connections that went with their managers.  A storage lists them, and tells
+        # each of every commit, until they are released; not by the garbage collector, which may
+        # run while this very thread holds the lock of that list.
+        self._left: deque[Any] = deque()
 
     def know(self, db: Any) -> None:
         """Remember a database of those that persistent arguments come from."""
@@ -132,6 +137,7 @@ class Connections:
             return None
         # A manager belongs to one thread, so no lock is needed; and none must be held here, for
         # to open a connection may take as long as a server is away.
+        self._release_left()
         tm = manager_itself(tm)
         ours = vars(tm).get(self._name)
         if ours is not None and (ours.opened is None or ours.db() is not self.db):
@@ -141,9 +147,16 @@ class Connections:
             return theirs[0]
         if ours is None:
             ours = vars(tm)[self._name] = self.db.open(tm if type(tm) is OwnManager else Kept(tm))
+            if type(tm) is not OwnManager:
+                finalize(ours, self._left.append, ours._normal_storage).atexit = False
         if type(tm) is not OwnManager:
             self._check_at_commit(tm)
         return ours
+
+    def _release_left(self) -> None:
+        while self._left:
+            with suppress(Exception):  # its database was closed, or another thread was quicker
+                self._left.popleft().release()
 
     def _check_at_commit(self, tm: Any) -> None:
         """Have it found out that the caller opens another connection after us and writes to it."""

@@ -93,6 +93,7 @@ class RamStore:
             if isinstance(obj, PersistentContext):
                 if obj.database is not None:
                     self.connections.know(obj.database)
+                    obj.resolve(table.connection)  # ValueError where its database is another one
                 return obj
             reference = refer(obj, table.tm, table.connection)
             self.connections.know(obj._p_jar.db())
@@ -336,7 +337,8 @@ class RamTable:
         self.remove(record)
 
     def is_removed(self, record: JobRecord) -> bool:
-        return record.sid in self._removed
+        # Not one that others collected: who collects it too must conflict.
+        return record.sid in self._removed or record.expired(self.store.clock())
 
     def keyed(self, key: str) -> str | None:
         if key in self._keys:

@@ -207,6 +207,7 @@ class Scheduler:
         new = self._caller.new_sid()
         self._take_key(record, new, table)
         table.add(record.again(new, self.store.clock(), self.worker.holder))
+        record.give_away(new)  # only now: there may have been no room
         self.worker.notify(new, ACCEPTED)
         return self._wake_after_commit(new, record.option("queue"))
 
@@ -457,9 +458,12 @@ class PersistentTransactionalScheduler(Persistent):
 
     def stop(self, timeout: float = 5.0) -> None:
         """Stop this process's threads of this scheduler; the next use starts them again."""
-        scheduler = _in_use.pop(self._key(), None)
+        key = self._key()
+        scheduler = _in_use.get(key)
         if scheduler is not None:
+            # Found there until the end: a job that still runs would start another by its use of it.
             scheduler.executor.stop(timeout)
+            _in_use.pop(key, None)
 
     def _key(self) -> tuple[Any, bytes]:
         if self._p_jar is None:
@@ -508,9 +512,11 @@ def stop_before_close(db: Any) -> None:
     close = db.close
 
     def stop_and_close() -> None:
-        ours = [key for key in list(_in_use) if key[0] is db]
-        stop_together([_in_use.pop(key).executor for key in ours])
+        ours = {key: use for key, use in list(_in_use.items()) if key[0] is db}
+        stop_together([use.executor for use in ours.values()])  # see `stop`
         close()
+        for key in ours:
+            _in_use.pop(key, None)
 
     db.close = stop_and_close
 

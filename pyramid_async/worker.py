@@ -370,7 +370,7 @@ class Worker:
         record.failure = failure
         record.reach(job.percent)
         if self._may_retry(record, error):
-            again = now + next(backoff(1, 2.0**record.attempts, most=LONGEST_DELAY))
+            again = now + next(backoff(1, doubled(record.attempts), most=LONGEST_DELAY))
             record.retry(now, again, self.holder)
             return ACCEPTED, again
         record.exception = self._storable(kept, failure, table)
@@ -441,6 +441,11 @@ class Worker:
             log.exception("a subscriber failed for job %r, which is %s", sid, status)
 
 
+def doubled(times: int) -> float:
+    """Return 2 to a power within what a float can hold, for jobs may be tried for years."""
+    return 2.0 ** min(times, 64)
+
+
 class Conflicts:
     """How often a job may still be tried; anew after each checkpoint.
 
@@ -464,4 +469,4 @@ class Conflicts:
         self.tried += 1
         if self.spoilt >= 3 or self.tried - self.spoilt >= self.limit:
             return None
-        return next(backoff(1, max(0.01, elapsed) * 2**self.tried, most=LONGEST_PAUSE))
+        return next(backoff(1, max(0.01, elapsed) * doubled(self.tried), most=LONGEST_PAUSE))

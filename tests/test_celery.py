@@ -154,7 +154,8 @@ def test_leaving_does_not_wait_for_a_black_hole(black_hole):
         assert time.monotonic() - begun < 2
 
 
-def test_bells_that_find_no_room_are_left_to_recovery(black_hole):
+def test_bells_that_find_no_room_are_left_to_recovery(black_hole, monkeypatch):
+    monkeypatch.setattr(bells, "BROKER_TIMEOUT", 60.0)
     settings = {"async.max_pending": "2"}
     with client(f"amqp://127.0.0.1:{black_hole}//", **settings) as web:
         sids = [sid_of(web.start(echo)) for _ in range(5)]

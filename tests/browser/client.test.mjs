@@ -129,6 +129,13 @@ test("a large result is fetched and a file is given as its link", LIMIT, async (
 /** Answer as a login does where a session is over, in place of the server. */
 const login = (route) => route.fulfill({ contentType: "text/html", body: "<h1>Who are you?</h1>" });
 
+/** Answer with a job's document, in place of the server. */
+const told = (route, job) =>
+  route.fulfill({
+    contentType: "application/json",
+    body: JSON.stringify({ status: "running", done: false, links: [], ...job }),
+  });
+
 test("a page of another kind is neither a cancelled job nor a large result", LIMIT, async () => {
   const { page } = await visit();
   const path = await server.job("work", { seconds: 20, steps: 100 });
@@ -158,6 +165,19 @@ test("an address with a password is asked without it, and what cannot be sent re
     path,
   );
   assert.equal(name, "TypeError");
+});
+
+test("credentials of no known kind are refused at once, and no job is asked for", LIMIT, async () => {
+  const shown = await visit();
+  const name = await shown.page.evaluate(() => {
+    const src = 'src="/async/nothing" credentials="yes"';
+    document.querySelector("main").insertAdjacentHTML("beforeend", `<async-job ${src}></async-job>`);
+    const options = { credentials: "yes", signal: AbortSignal.timeout(5000) };
+    return client.watch("/async/nothing", options).catch((error) => error.name);
+  });
+  assert.equal(name, "TypeError");
+  assert.match(await shown.text("error"), /credentials/);
+  assert.equal(shown.looks.length, 0);
 });
 
 test("cancel dismisses the job and whoever watches it is told", LIMIT, async () => {
@@ -383,6 +403,23 @@ test("a page that nobody sees asks nothing", LIMIT, async () => {
   assert.equal(looks.length, count + 1);
 });
 
+test("the first look after a failure or a hidden time is not held", LIMIT, async () => {
+  const { page, looks } = await visit();
+  const documents = [{}, undefined, {}, {}, { done: true }];
+  await page.route("**/async/pretended*", (route) => {
+    const job = documents.shift();
+    return job ? told(route, job) : route.abort();
+  });
+  await page.evaluate(() => {
+    const hidden = [false, false, false, true]; // at each attempt, and seen again soon
+    const again = () => document.dispatchEvent(new Event("visibilitychange"));
+    const get = () => hidden.shift() && Boolean(setTimeout(again));
+    Object.defineProperty(document, "hidden", { get });
+  });
+  await watched(page, "/async/pretended");
+  assert.deepEqual(looks.map((look) => look.url.includes("wait=")), [false, true, false, false, true]);
+});
+
 test("a page reloaded in mid-job goes on from the stored address", LIMIT, async () => {
   const { page } = await visit();
   await page.evaluate(() => {
@@ -435,6 +472,17 @@ test("a gateway's error page in between is survived and a refusal is not", LIMIT
   const { error } = await watched(page, "/async/pretended");
   assert.equal(error.problem.status, 403);
   assert.equal(answers.length, 0);
+});
+
+test("a refusal is final though the JSON that it promises is none", LIMIT, async () => {
+  const { page, looks } = await visit();
+  const refuse = (route) =>
+    route.fulfill({ status: 403, contentType: "application/problem+json", body: "Forbidden" });
+  await page.route(/async.pretended|probe.work/, refuse, { times: 2 });
+  for (const end of [await watched(page, "/async/pretended"), await started(page, "/probe/work")]) {
+    assert.deepEqual([end.error.name, end.error.problem?.status], ["JobProblem", 403]);
+  }
+  assert.equal(looks.length, 1);
 });
 
 // -- a second origin --------------------------------------------------------------------------
@@ -600,6 +648,31 @@ test("a cancel that fails says so and may be repeated", LIMIT, async () => {
   await until(async () => (await shown.text("status")) === "Cancelled");
 });
 
+test("a cancel that fails is said until the status changes, and anew when it fails again", LIMIT, async () => {
+  const { page } = await visit();
+  const documents = [{}, {}, { status: "successful", done: true }];
+  await page.route("**/async/pretended*", async (route) => {
+    if (route.request().method() === "DELETE") return route.fulfill({ status: 403 });
+    await page.evaluate(() => globalThis.cancelled);
+    return told(route, documents.shift());
+  });
+  const said = await page.evaluate(
+    () =>
+      new Promise((resolve) => {
+        const job = document.createElement("async-job");
+        const said = [];
+        const status = job.shadowRoot.querySelector("[role=status]");
+        new MutationObserver(() => said.push(status.textContent)).observe(status, { childList: true });
+        job.addEventListener("jobchange", () => (globalThis.cancelled = job.cancel()));
+        job.addEventListener("jobdone", () => queueMicrotask(() => resolve(said)));
+        job.src = "/async/pretended";
+        document.querySelector("main").append(job);
+      }),
+  );
+  const refused = "It could not be cancelled. Try again.";
+  assert.deepEqual(said, ["Running", refused, "", refused, "Finished"]);
+});
+
 test("a cancel that a login answers is no end", LIMIT, async () => {
   const shown = await visit({ src: [await server.job("work", { seconds: 4, steps: 40 })] });
   await until(() => shown.part("cancel").isVisible());
@@ -642,6 +715,18 @@ test("the element can be given another job, another name and another language", 
   assert.equal(await shown.text("title"), "Bericht");
   assert.equal(await shown.part("cancel").isVisible(), false);
   assert.equal(await shown.text("result"), "Ergebnis");
+});
+
+test("a language that comes after the element is that of its button too", LIMIT, async () => {
+  const shown = await visit();
+  await shown.page.route("**/async/pretended*", (route) => told(route));
+  await shown.page.evaluate(() => {
+    const src = 'src="/async/pretended"';
+    document.querySelector("main").insertAdjacentHTML("beforeend", `<async-job ${src}></async-job>`);
+    Object.assign(client.texts, { cancel: "Abbrechen" });
+  });
+  await until(() => shown.part("cancel").isVisible());
+  assert.equal(await shown.text("cancel"), "Abbrechen");
 });
 
 test("an address that was set before the client came is used", LIMIT, async () => {

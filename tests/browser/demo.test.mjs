@@ -153,6 +153,38 @@ test("a page of another origin cancels its job by JSON-RPC", LIMIT, async () => 
   assert.ok(!(await page.locator("#answer").innerText()).includes("Never mind"));
 });
 
+test("a page of another origin offers to cancel only what can be cancelled", LIMIT, async () => {
+  const page = await opened(await visitor(), "/elsewhere", server.other);
+  const cancel = page.locator("#cancel");
+  const call = page.getByRole("button", { name: "Call echo" });
+  await page.route("**/rpc", (route) => route.abort(), { times: 1 });
+  await call.click();
+  await page.locator("#answer").getByText("Failed to fetch").waitFor();
+  assert.equal(await cancel.isVisible(), false);
+  await call.click();
+  await cancel.click();
+  await page.locator("#answer").getByText("The page asked").waitFor();
+  assert.equal(await cancel.isVisible(), false);
+  assert.equal(await page.evaluate(() => document.activeElement.id), "job");
+});
+
+test("the page of a job keeps what the element shows where the last page cannot be had", LIMIT, async () => {
+  const page = await opened(await visitor(), "/");
+  await pressed(page, "/", "/start/count");
+  await page.locator("[part=cancel]").waitFor();
+  const reloads = [];
+  await page.route("**/jobs/*", (route) => {
+    reloads.push(route.request().isNavigationRequest());
+    return route.abort();
+  });
+  const failed = page.waitForEvent("requestfailed");
+  await page.locator("[part=cancel]").click();
+  await failed;
+  await page.evaluate(() => fetch(location.href).catch(() => {})); // by now it would be reloaded
+  assert.equal(await page.locator("[part=status]").innerText(), "Cancelled");
+  assert.deepEqual(reloads, [false, false]);
+});
+
 test("the list of own jobs follows what another window starts", LIMIT, async () => {
   const context = await visitor();
   const list = await opened(context, "/jobs");
@@ -191,6 +223,33 @@ test("the list of own jobs comes to its end without script", LIMIT, async () => 
   await page.getByText("finished", { exact: true }).waitFor();
   await page.getByRole("link", { name: "Echo" }).click();
   await page.getByText("No script").waitFor();
+});
+
+test("the index's end waits for whoever types a query", LIMIT, async () => {
+  const own = await Demo.started();
+  try {
+    const page = await (await visitor()).newPage();
+    await page.goto(own.origin + "/characters");
+    await page.getByRole("button", { name: "Build it" }).click();
+    await page.locator("[part=message]").filter({ hasText: /,\d+ of/ }).waitFor();
+    await page.goto(own.origin + "/characters");
+    await page.locator("[part=cancel]").waitFor();
+    await page.locator("#q").fill("arr");
+    const job = page.locator("async-job");
+    const reloads = await job.evaluate(async (job) => {
+      const found = [];
+      navigation.addEventListener("navigate", (event) => found.push(event.navigationType));
+      await job.cancel();
+      return found;
+    });
+    assert.deepEqual(reloads, []);
+    assert.equal(await job.locator("[part=status]").innerText(), "Cancelled");
+    await page.locator("#q").blur();
+    await job.dispatchEvent("jobdone");
+    await page.getByText("its job was cancelled").waitFor();
+  } finally {
+    await own.close();
+  }
 });
 
 test("the index goes on where a killed server left it and the page sees its end", LIMIT, async () => {
