@@ -16,8 +16,9 @@ FILE = "client.js"
 # The media type that every browser takes for a module.
 JAVASCRIPT = "text/javascript"
 # The address names the version, so what is stored under it never changes.
-FOR_EVER = "public, max-age=31536000, immutable"
-ASK_AGAIN = "public, no-cache"
+# Private: a security policy or session may add its cookie to this answer, as to any other.
+FOR_EVER = "private, max-age=31536000, immutable"
+ASK_AGAIN = "private, no-cache"
 _KEY = "pyramid_async.client"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from pyramid.config import PHASE1_CONFIG
 from pyramid.events import ApplicationCreated
 from pyramid.exceptions import ConfigurationError
+from pyramid.tweens import EXCVIEW
 
 from . import client, jsonrpc, openapi, pages, views
 from .application import add_application, will_fork
@@ -17,7 +18,9 @@ from .interfaces import (
     IScheduler,
     JobAccepted,
     JobCancelled,
+    JobFailed,
     JobFinished,
+    JobInterrupted,
     JobStarted,
 )
 from .jobs import ACCEPTED, DISMISSED, FAILED, RUNNING, SUCCESSFUL, check_options
@@ -48,6 +51,7 @@ def setup(config: Any) -> None:
         config.include("pyramid_async.celery")
     # Above Pyramid's exception views, pyramid_tm and what else may open the ZODB.
     config.add_tween("pyramid_async.config.outer_tween_factory")
+    config.add_tween("pyramid_async.config.inner_tween_factory", under=EXCVIEW)
     config.add_directive("add_operation", add_operation)
     config.add_directive("add_application", add_application)
     config.add_request_method(request_scheduler, "scheduler", reify=True)
@@ -192,6 +196,22 @@ def outer_tween_factory(handler: Any, registry: Any) -> Any:
         return handler(request)
 
     return outer_tween
+
+
+def inner_tween_factory(handler: Any, registry: Any) -> Any:
+    """Turn a job's interrupt that a view raises, as `get_result` gave it, into an error.
+
+    It is no Exception: no exception view sees it, pyramid_tm does not abort, and a server may
+    leave the client without an answer.
+    """
+
+    def inner_tween(request: Any) -> Any:
+        try:
+            return handler(request)
+        except JobInterrupted as error:
+            raise JobFailed(type(error).__name__, str(error)) from error
+
+    return inner_tween
 
 
 def enlarge_pools(registry: Any, workers: int) -> None:

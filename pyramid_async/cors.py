@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from pyramid.exceptions import ConfigurationError, URLDecodeError
+from pyramid.exceptions import ConfigurationError
 from pyramid.interfaces import IRouteRequest, IRoutesMapper
 from pyramid.response import Response
 from pyramid.tweens import EXCVIEW
@@ -32,7 +32,11 @@ MAX_AGE = "7200"  # seconds; the longest that Chromium honours
 _KEY = "pyramid_async.cors"
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _HEADER_NAMES = re.compile(rf"{_TOKEN}(?:[ \t]*,[ \t]*{_TOKEN})*")
-_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\s,*]+")
+# As a browser writes it: the host in lower case or Punycode, no port that goes without saying.
+_ORIGIN = re.compile(
+    r"\*|null|(?!http:.*:80$|https:.*:443$)"
+    r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?"
+)
 
 
 def add_cors(config: Any) -> None:
@@ -44,6 +48,7 @@ def add_cors(config: Any) -> None:
 
 def add_async_cors(config: Any, route_name: str, methods: Iterable[str] = ("POST",)) -> None:
     """Let pages of the origins in ``async.cors.origins`` call a route with *methods*."""
+    methods = (methods,) if isinstance(methods, str) else methods
     allow = ", ".join([*dict.fromkeys(methods), "OPTIONS"])
 
     def register() -> None:
@@ -125,7 +130,8 @@ class Tween:
         vars(probe).update(vars(request), environ=environ)
         try:
             return mapper(probe)["route"]
-        except URLDecodeError:
+        except Exception:
+            # The path, or a predicate of the application: the router's own look tells of it.
             return None
 
     def preflight(self, request: Any, allow: str) -> Any:

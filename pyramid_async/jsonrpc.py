@@ -46,6 +46,8 @@ def rpc(request: Any) -> Any:
     """POST: answer a request or a batch; all in the request's transaction."""
     if (request.content_type or "").lower() not in MEDIA_TYPES:
         raise problem(415)
+    if not {"tm.active", "repoze.tm.active"} & set(request.environ):
+        raise RuntimeError("JSON-RPC needs a transaction; tm.activate_hook leaves it out")
     answer = Dispatcher(request).answer(body_of(request))
     if answer is None:
         return Response(status=204)
@@ -195,16 +197,17 @@ class Methods:
             method = self.own[name]
             return method(**bound(method, params))
         if name in self.operations:
-            return self.start(self.operations[name], params)
+            return self.start(name, params)
         raise RpcError(METHOD_NOT_FOUND)
 
-    def start(self, operation: Any, params: Any) -> dict[str, Any]:
+    def start(self, name: str, params: Any) -> dict[str, Any]:
         """Schedule an operation; return the document of its job."""
+        operation = self.operations[name]
         permission = operation.permission
         if permission and not self.request.has_permission(permission, root_of(self.request)):
             raise RpcError(FORBIDDEN)
         args, kw = arguments(operation.function, params)
-        scheduler = self.scheduler.using(**operation.options)
+        scheduler = self.scheduler.using(**operation.options).named(name)
         try:
             sid = scheduler.schedule(operation.function, *args, **kw)
         except NotSchedulable:
@@ -235,8 +238,8 @@ class Methods:
     def cancel(self, jobID: Any) -> dict[str, Any]:
         """Dismiss the job unless it is finished; return its document."""
         self.find(jobID)
-        self.scheduler.cancel(jobID)
-        return self.status(jobID)
+        last = self.scheduler.dismiss(jobID)
+        return self.status(jobID) if last is None else document(self.request, last)
 
     def find(self, sid: Any) -> None:
         if not isinstance(sid, str):

@@ -17,11 +17,11 @@ from pyramid.interfaces import ICSRFStoragePolicy, ISessionFactory
 from pyramid.response import Response
 
 from . import manage
-from .documents import no_such_job, problem, timestamp
+from .documents import no_such_job, timestamp
 from .interfaces import IScheduler, JobNotFound, NotRetriable
 from .jobs import FINAL, STATUSES, UNFINISHED
 from .manage import BadCursor, Page, Process, Report
-from .resources import add_resource
+from .resources import add_resource, form_fields
 from .views import manages
 from .waiting import parameters
 
@@ -133,7 +133,7 @@ def parameter(request: Any, name: str) -> str:
 
 
 def to_job(request: Any, sid: str, told: str) -> Any:
-    return HTTPSeeOther(request.route_path("async.manage_job", sid=sid, _query={"told": told}))
+    return HTTPSeeOther(request.route_url("async.manage_job", sid=sid, _query={"told": told}))
 
 
 # -- the check of forms ----------------------------------------------------------------
@@ -159,10 +159,7 @@ def is_ours(request: Any) -> bool:
 
 
 def field(request: Any, name: str) -> str:
-    try:
-        value = request.POST.get(name, "")
-    except (ValueError, DeprecationWarning):  # which WebOb raises at another charset
-        raise problem(400, detail="the body is no form in UTF-8") from None
+    value = form_fields(request).get(name, "")
     return value if isinstance(value, str) else ""
 
 

@@ -11,7 +11,7 @@ from pyramid.security import NO_PERMISSION_REQUIRED
 from transaction.interfaces import TransientError
 
 from .cors import add_async_cors, protect
-from .documents import PROBLEM_JSON, busy, problem
+from .documents import PROBLEM_JSON, busy, dumps, members, problem
 from .interfaces import SchedulerFull
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ def add_resource(config: Any, name: str, pattern: str, api: bool = True, **views
         permission=NO_PERMISSION_REQUIRED,
         require_csrf=False,  # it does nothing, and a 400 would hide what is wrong
     )
+    config.add_exception_view(full, context=SchedulerFull, route_name=name)
     config.add_exception_view(refused, context=HTTPException, route_name=name)
     config.add_exception_view(unavailable, context=TransientError, route_name=name)
     config.add_exception_view(broken, context=Exception, route_name=name)
@@ -89,6 +90,14 @@ class NotAllowed:
         return response
 
 
+def form_fields(request: Any) -> Any:
+    """Return the fields of a form; raise a 400 for a body that is none."""
+    try:
+        return request.POST
+    except (ValueError, DeprecationWarning):  # which WebOb raises at another charset
+        raise problem(400, detail="the body is no form in UTF-8") from None
+
+
 # -- exceptions ------------------------------------------------------------------------
 
 
@@ -101,13 +110,11 @@ def full(error: SchedulerFull, request: Any) -> Any:
 
 def refused(error: Any, request: Any) -> Any:
     """Return an HTTP exception as a problem, without what its body might tell."""
-    if error.content_type == PROBLEM_JSON or error.status_code < 400:
-        return error
-    response = problem(error.status_code)
-    for name in ("Allow", "Retry-After", "WWW-Authenticate"):
-        if name in error.headers:
-            response.headers[name] = error.headers[name]
-    return response
+    if error.content_type != PROBLEM_JSON and error.status_code >= 400:
+        # In place: its headers are for the client, a cookie to forget or several challenges.
+        error.body = dumps(members(error.status_code, error.title, "about:blank"))
+        error.content_type = PROBLEM_JSON
+    return error
 
 
 def unavailable(error: TransientError, request: Any) -> Any:
@@ -117,7 +124,14 @@ def unavailable(error: TransientError, request: Any) -> Any:
 
 
 def broken(error: Exception, request: Any) -> Any:
-    """Answer for a defect: with an id that is found in the log, and nothing else."""
+    """Answer for a defect: with an id that is found in the log, and nothing else.
+
+    A check of the CSRF token fails so at a form that is none.
+    """
+    try:
+        form_fields(request)
+    except HTTPException as refusal:
+        return refusal
     error_id = token_hex(6)
     log.error("request %r failed, errorID %s", request.path_info, error_id, exc_info=error)
     return problem(500, errorID=error_id)

@@ -72,6 +72,7 @@ class Caller(NamedTuple):
     repeated: bool = False
     respond: Callable[[JobStatus], Any] | None = None
     sees_all: bool = False
+    operation: str | None = None  # the name that it is called by, where several have one function
 
 
 NOBODY = Caller(sees_all=True)
@@ -135,6 +136,10 @@ class Scheduler:
         scheduler._options = {**self._options, **check_options(options)}
         return scheduler
 
+    def named(self, name: str) -> Scheduler:
+        """Return the same scheduler for calls of the operation of this name."""
+        return self.bind(self._tm, self._caller._replace(operation=name))
+
     def transact(self, work: Callable[[Scheduler], Any]) -> Any:
         """Call ``work(scheduler)`` in a transaction and on a connection of its own.
 
@@ -184,7 +189,7 @@ class Scheduler:
             arguments=self.store.pack((args, kw), table) if args or kw else None,
             owner=self._caller.owner,
             origin=self._caller.origin,
-            process_id=self._operation_name(f),
+            process_id=self._caller.operation or self._operation_name(f),
             options=options or None,
             run_after=moment(self._options.get("run_after"), now),
             holder=self.worker.holder,
@@ -333,16 +338,23 @@ class Scheduler:
 
     def cancel(self, sid: str) -> bool:
         """See IScheduler."""
+        return self.dismiss(sid) is not None
+
+    def dismiss(self, sid: str) -> JobStatus | None:
+        """Cancel the job and return what it is now, or None where there is nothing to cancel.
+
+        Where the jobs are kept for no time it is unknown as soon as it is dismissed.
+        """
         table = self._table()
         record = table.get(sid)
         if record is None or record.done:
-            return False
+            return None
         status = self._status(record, table)
         record.reach(status.progress, status.started)
         record.finish(DISMISSED, self.store.clock(), self.worker.result_timeout)
         self._tm_in_use().get().addBeforeCommitHook(self._confirm_dismissal, (sid,))
         self.worker.notify(sid, DISMISSED)
-        return True
+        return self._status(record, table)
 
     def _confirm_dismissal(self, sid: str) -> None:
         """Have the job told after the commit, unless a savepoint took its dismissal back."""

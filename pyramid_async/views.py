@@ -172,9 +172,10 @@ class Dismissal:
 
     def __call__(self, scheduler: Any) -> tuple[int, dict[str, Any]]:
         """Return the HTTP status and the job's last document."""
-        if scheduler.cancel(self.sid):
+        last = scheduler.dismiss(self.sid)
+        if last is not None:
             self.cancelled = True
-            return 200, document(self.request, scheduler.status(self.sid))
+            return 200, document(self.request, last)
         if self.removed is not None and scheduler.status(self.sid) is None:
             return 200, self.removed
         return self.finished(scheduler, *brief_outcome(self.request, scheduler, self.sid))

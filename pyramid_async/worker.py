@@ -87,6 +87,10 @@ class Worker:
         Returns False when the storage knows no such job.
         """
         job = Job(sid, self.holder, self.store.clock)
+        last = self.ended.get(sid)
+        if last is not None:
+            # Its end may have been recorded nowhere, and the revision still be the same.
+            job.percent, job.ticks = last.percent, last.ticks + 1
         if self.running.setdefault(sid, job) is not job:
             return True  # another thread has it: a doubled wake-up
         try:

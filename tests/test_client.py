@@ -55,14 +55,14 @@ def test_address_that_names_the_version_may_be_kept_for_ever(client, versioned):
     response = client.get(versioned)
     assert response.body == (STATIC / "client.js").read_bytes()
     assert response.headers["Content-Type"] == "text/javascript; charset=utf-8"
-    assert response.headers["Cache-Control"] == "public, max-age=31536000, immutable"
+    assert response.headers["Cache-Control"] == "private, max-age=31536000, immutable"
     assert response.headers["X-Content-Type-Options"] == "nosniff"
 
 
 @pytest.mark.parametrize("query", ["", "?v=old", "?v="])
 def test_address_without_the_version_is_asked_for_again(client, query):
     response = client.get("/async/client.js" + query)
-    assert response.headers["Cache-Control"] == "public, no-cache"
+    assert response.headers["Cache-Control"] == "private, no-cache"
 
 
 def test_query_that_is_not_utf_8_is_refused_and_never_stored(client):

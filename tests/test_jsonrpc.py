@@ -544,7 +544,7 @@ def test_defect_undoes_the_whole_batch_and_tells_an_id_alone(web, monkeypatch, c
     def broken(*args):
         raise RuntimeError("the secret")
 
-    monkeypatch.setattr(Scheduler, "cancel", broken)
+    monkeypatch.setattr(Scheduler, "dismiss", broken)
     started = call(web, "echo", 1)
     value_of(web, started)
     response = post(web, batch(("echo", 1), ("async.cancel", started["jobID"])))
@@ -557,17 +557,17 @@ def test_defect_undoes_the_whole_batch_and_tells_an_id_alone(web, monkeypatch, c
 
 
 def test_conflict_makes_all_jobs_of_a_batch_once_or_none(web, monkeypatch):
-    cancel, attempts = Scheduler.cancel, []
+    dismiss, attempts = Scheduler.dismiss, []
 
     def conflict_once(scheduler, sid):
         attempts.append(sid)
         if len(attempts) == 1:
             raise TransientError("conflict")
-        return cancel(scheduler, sid)
+        return dismiss(scheduler, sid)
 
     started = call(web, "echo", 1)
     value_of(web, started)
-    monkeypatch.setattr(Scheduler, "cancel", conflict_once)
+    monkeypatch.setattr(Scheduler, "dismiss", conflict_once)
     answer = post(web, batch(("echo", 1), ("async.cancel", started["jobID"])), status="*")
     if answer.status_code == 503:
         assert answer.headers["Retry-After"] == "1"
