@@ -116,9 +116,10 @@ class Connections:
         # Our connection is an attribute of its manager: a dictionary here would keep both, for
         # a connection refers to its manager.
         self._name = f"_pyramid_async_{id(self)}"
-        # Storages of connections that went with their managers.  A storage lists them, and tells
-        # each of every commit, until they are released; not by the garbage collector, which may
-        # run while this very thread holds the lock of that list.
+        # Connections that may go with their managers, and the storages of those that went.  A
+        # storage lists these, and tells each of every commit, until they are released; not by the
+        # garbage collector, which may run while this very thread holds the lock of that list.
+        self._watched: Any = WeakSet()
         self._left: deque[Any] = deque()
 
     def know(self, db: Any) -> None:
@@ -147,7 +148,8 @@ class Connections:
             return theirs[0]
         if ours is None:
             ours = vars(tm)[self._name] = self.db.open(tm if type(tm) is OwnManager else Kept(tm))
-            if type(tm) is not OwnManager:
+            if type(tm) is not OwnManager and ours not in self._watched:
+                self._watched.add(ours)
                 finalize(ours, self._left.append, ours._normal_storage).atexit = False
         if type(tm) is not OwnManager:
             self._check_at_commit(tm)

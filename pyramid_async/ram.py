@@ -93,7 +93,10 @@ class RamStore:
             if isinstance(obj, PersistentContext):
                 if obj.database is not None:
                     self.connections.know(obj.database)
-                    obj.resolve(table.connection)  # ValueError where its database is another one
+                    try:
+                        obj.resolve(table.connection)
+                    except ValueError as error:
+                        raise NotSchedulable("a PersistentContext", str(error)) from None
                 return obj
             reference = refer(obj, table.tm, table.connection)
             self.connections.know(obj._p_jar.db())

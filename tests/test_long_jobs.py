@@ -11,7 +11,9 @@ from uuid import uuid4
 
 import pytest
 from BTrees.OOBTree import OOBTree
+from ZEO.Exceptions import ClientDisconnected
 from ZODB import DB
+from ZODB.MappingStorage import MappingStorage
 
 from pyramid_async import current_job
 from pyramid_async.scheduler import Scheduler, executor_for
@@ -158,6 +160,31 @@ def test_a_job_survives_a_restart_of_its_zeo_server(on_zeo, zeo, wait_for, job):
     log = on_zeo.change(lambda root: dict(root["log"]))
     assert set(log.values()) <= {1, 2}  # nothing was done twice
     assert log.get("before", 1) == log.get("first", 1) == 1
+
+
+@pytest.mark.parametrize("own", ["on ZEO", "beside it"])
+def test_oids_fetched_before_a_restart_are_used_in_no_database(zeo, wait_for, own):
+    """The server hands them out again, in those that are named beside the store's own too."""
+    import ZEO
+
+    client, databases = ZEO.client(zeo.address, wait_timeout=10), {}
+    DB(client, databases=databases, database_name="on ZEO")
+    DB(MappingStorage(), databases=databases, database_name="beside it")
+    ZodbStore(databases[own])
+    client.new_oid()
+    zeo.restart()
+
+    def connected_anew():
+        with suppress(ClientDisconnected):
+            client.ping()
+            return True
+
+    wait_for(connected_anew)
+    rival = ZEO.client(zeo.address)
+    handed_out_again = {rival.new_oid() for _ in range(100)}
+    assert client.new_oid() not in handed_out_again
+    for each in (rival, *databases.values()):
+        each.close()
 
 
 # -- RelStorage

@@ -127,10 +127,11 @@ class Model:
         return self.end("successful", now), committed + pending
 
 
-STEPS = (
-    "effect effect checkpoint checkpoint seen packed conflicting busy stopped broken broken"
-    " dismissed removed giving_up stolen stolen_at_a_checkpoint"
-).split()
+STEPS = [
+    *["effect", "effect", "checkpoint", "checkpoint", "seen", "packed"],
+    *["conflicting", "busy", "stopped", "broken", "broken", "dismissed", "removed", "giving_up"],
+    *["stolen", "stolen_at_a_checkpoint"],
+]
 WORLDS = {}
 
 

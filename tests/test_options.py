@@ -219,6 +219,7 @@ def test_a_waiting_job_holds_no_thread_and_survives_a_restart(file_db, wait_for)
         {"run_after": -1},
         {"key": ""},
         {"key": 3},
+        {"key": "\ud800"},  # half of a pair, of which no UTF-8 can be made
         {"retry_on": "ValueError"},
         {"retry_on": ()},
         {"max_attempts": 0},

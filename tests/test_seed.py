@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from contextlib import suppress
 
 import pytest
 import transaction
@@ -17,6 +18,7 @@ from ZODB.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import ConflictError
 
+from pyramid_async import JobStopped, current_job
 from pyramid_async.context import PersistentContext
 from pyramid_async.interfaces import JobDismissed, NotSchedulable
 from pyramid_async.scheduler import PersistentTransactionalScheduler, TransactionalScheduler
@@ -51,6 +53,15 @@ def at_gate(name, app=None):
 def change_and_fail(app):
     app.x = "changed"
     raise ZeroDivisionError("why")
+
+
+def schedule_when_told_to_stop(name, scheduler):
+    GATES[name].reached.set()
+    with suppress(JobStopped):
+        while True:
+            current_job().check()
+            GATES[name].opened.wait(0.005)
+    scheduler.schedule(show)
 
 
 def thread_of_the_job():
@@ -554,6 +565,19 @@ def test_stopped_persistent_scheduler_starts_again_at_its_next_use(persistent, w
     transaction.commit()
     persistent.ends(sid, wait_for)
     assert persistent.scheduler.get_result(sid) == (1, None)
+
+
+@pytest.mark.parametrize(
+    "end", [lambda here: here.scheduler.stop(), lambda here: here.db.close()], ids=["stop", "close"]
+)
+def test_persistent_scheduler_that_a_job_uses_while_it_stops_stays_stopped(
+    persistent, at, wait_for, end
+):
+    persistent.scheduler.schedule(schedule_when_told_to_stop, at, persistent.scheduler)
+    transaction.commit()
+    GATES[at].reach()
+    end(persistent)
+    executor_has_ended(wait_for)
 
 
 def test_closed_database_leaves_nothing_of_its_schedulers(wait_for):

@@ -39,6 +39,7 @@ from pyramid_async.interfaces import NotSchedulable
 from pyramid_async.jobs import ACCEPTED, RUNNING, Live
 from pyramid_async.recovery import Sign
 from pyramid_async.transactional import LONGEST_PAUSE
+from pyramid_async.worker import LONGEST_DELAY
 from pyramid_async.zodb import ZodbStore
 
 CALLS = defaultdict(list)  # key of a test -> what its jobs noted
@@ -426,6 +427,12 @@ def test_pauses_grow_with_the_duration_of_the_attempt_up_to_a_limit(one, key, pa
     one.run(conflict, key, 4)
     elapsed = [high for _, high in pauses.bounds]
     assert elapsed == [2.0, 4.0, LONGEST_PAUSE, LONGEST_PAUSE]
+
+
+def test_pause_is_bounded_however_many_conflicts_there_were(pauses):
+    conflicts = pyramid_async.worker.Conflicts(10_000)
+    conflicts.tried = 5_000
+    assert conflicts.pause(0, 1.0, ConflictError()) == LONGEST_PAUSE
 
 
 def test_conflict_leaves_no_effects_of_the_attempt_that_met_it(durable, key, at):
@@ -1498,6 +1505,14 @@ def test_jobs_own_limit_of_attempts_wins(one, key):
     sid = one.schedule(count, ROOT, key, max_attempts=5)
     one.worker.run(sid, one.die(sid, attempts=4))
     assert (one.status(sid).status, CALLS[key]) == ("successful", [5])
+
+
+def test_delay_is_bounded_however_many_attempts_there_were(one, key, pauses):
+    sid = one.schedule(mark_and_raise, ROOT, key, OSError, retry_on=OSError, max_attempts=10_000)
+    one.record(sid, attempts=5_000)
+    one.worker.run(sid)
+    assert (one.status(sid).status, one.status(sid).attempts) == ("accepted", 5_001)
+    assert pauses.bounds == [(0, LONGEST_DELAY)]
 
 
 def test_job_that_only_waited_in_a_dead_process_has_lost_no_attempt(one, key):
