@@ -38,7 +38,7 @@ from .attempt import end_transaction
 from .bells import AGAIN, BELL, Bells, app, broker_given, listen, take_bells_alone
 from .interfaces import IExecutor, IExecutorFactory, IScheduler
 from .jobs import FRESH
-from .prefork import Signals
+from .prefork import Hints, Signals
 from .settings import read_settings
 from .transactional import transact
 from .worker import GIVE_BACK
@@ -113,6 +113,7 @@ class CeleryExecutor:
             self.bells = self.make_bells()
             if self.recovery is not None and self.workers:
                 # A worker finds lost jobs by itself; without one nothing could run them.
+                self.recovery.hints = site.hints
                 self.recovery.start()
             self.bells.start()
             self._pid = os.getpid()
@@ -211,15 +212,19 @@ class CeleryExecutor:
         while self.held and time.monotonic() < deadline:
             seen = self.worker.changes.count
             self.worker.changes.wait(seen, 0.1)
-        self.bells.stop(max(0.1, deadline - time.monotonic()))
         if self.recovery is not None:
             # In its thread: a database that is away must not keep the process from its exit.
             self.recovery.end(self._give_back)
             self.recovery.stop(max(0.0, deadline - time.monotonic()) + GIVE_BACK)
+        self.bells.stop(max(0.1, deadline - time.monotonic()))
 
     def _give_back(self) -> None:
         try:
             self.worker.give_back_running()
+            if self.recovery is not None:
+                # Their bells are gone: another process is to wait for the time of these.
+                for sid in self.recovery.timed():
+                    self.put(sid, FRESH)
         except Exception:
             # Recovery finds them by the lease.
             log.exception("jobs could not be given back: %s", ", ".join(self.held))
@@ -243,7 +248,9 @@ class Site:
     def __init__(self) -> None:
         self.ini: str | None = None
         self.broker_given = False  # on the command line
-        self._failed: Any = None  # one byte that the pool's processes share
+        # What the pool's processes share.
+        self._failed: Any = None  # one byte
+        self.hints: Hints | None = None  # of recovery
         self._lock = threading.Lock()
         self._executor: CeleryExecutor | None = None
         self._pid: int | None = None
@@ -255,6 +262,7 @@ class Site:
         self.concurrency = 1
         signals_of_celery.parent = os.getpid()
         self._failed = mmap.mmap(-1, 1)
+        self.hints = Hints()
 
     def failed(self) -> bool:
         return self._failed is not None and self._failed[0] != 0
@@ -370,12 +378,16 @@ def begin(sender: Any, **_: Any) -> None:
         return  # an application's own Celery, which schedules jobs and runs none
     site.begin()
     sender.consumer_cls = take_bells_alone(sender.consumer_cls)
+    # Nobody reads its events; while the broker is away it would wait with them, also for its end.
+    sender.options["without_heartbeat"] = True
     signals_of_celery.soft, signals_of_celery.hard = sender.soft_time_limit, sender.time_limit
     if "prefork" in str(sender.pool_cls):
         return  # its children send worker_process_init
     tell_at_cold_shutdown(sender)
     if "solo" not in str(sender.pool_cls):  # that pool sends it too
-        site.concurrency = sender.concurrency
+        # Of ``auto`` Celery makes a number later.
+        auto = not isinstance(sender.concurrency, int)
+        site.concurrency = (os.cpu_count() or 1) if auto else sender.concurrency
         site.make()
 
 

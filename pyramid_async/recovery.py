@@ -81,6 +81,8 @@ class Recovery:
         self._thread: threading.Thread | None = None
         # Process -> (its beat, when we first saw that beat, by our own clock).
         self._observed: dict[str, tuple[int | None, float]] = {}
+        # Where processes of a pool tell each other what they observed; see `prefork.Hints`.
+        self.hints: Any = None
         self._holders: set[str] = set()  # other processes that unfinished jobs name
         self._signs: set[str] = set()  # processes that have a sign of life
         # Sid -> (signature, beat of the holder) of running jobs that their holder does not list.
@@ -176,6 +178,11 @@ class Recovery:
                 self._timed.add(sid)
                 heapq.heappush(self._timers, (when, sid))
         self._wake.set()
+
+    def timed(self) -> list[str]:
+        """Return the jobs that wait for their time here."""
+        with self._lock:
+            return list(self._timed)
 
     def _due(self, now: float) -> list[str]:
         with self._lock:
@@ -283,6 +290,9 @@ class Recovery:
 
         Cost: reads every unfinished record and those that finished since the last move.
         """
+        if self.hints is not None:
+            # One that is renewed every few jobs lives no lease.
+            self._observed = {**self.hints.read(), **self._observed}
         self._holders.clear()
         self._unlisted_before, self._unlisted = self._unlisted, {}
         self._bad_before, self._bad = self._bad, set()
@@ -290,6 +300,8 @@ class Recovery:
         self.store.expire(self.store.clock())
         if self.store.durable:
             self._bury()
+        if self.hints is not None:
+            self.hints.write(self._observed)
 
     def _archive(self, ended: dict[str, float]) -> None:
         """Put finished records away, many at once; *ended*: sid -> seconds since the job's end."""

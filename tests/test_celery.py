@@ -1700,6 +1700,48 @@ def test_a_cold_shutdown_gives_running_jobs_back(pool, deploy):
 
 @services
 @slow
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_a_worker_that_ends_leaves_to_others_what_waits_for_its_time(pool, deploy):
+    site = deploy()
+    web = site.web()
+    worker = site.worker("-P", pool, "-c", "1")
+    sid = web.sell(run_after=12)
+    web.ended_well(web.sell())  # so the bell before it was heard
+    site.end(worker)
+    site.worker("-P", pool)
+    web.ended_well(sid)
+    status = web.status(sid)
+    assert status.started - status.created < 12 + 3  # recovery comes after 5
+
+
+@services
+@slow
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_a_worker_ends_while_redis_swallows_everything(pool, deploy):
+    with closing(Door("127.0.0.1", 6379)) as door:
+        site = deploy("zeo", REDIS.replace("6379", str(door.port)))
+        web = site.web()
+        worker = site.worker("-P", pool)
+        sid = web.sell(directory=site.directory)
+        run_by(site.directory, sid)
+        door.be("black hole")
+        time.sleep(3)  # longer than the pause between two of Celery's events
+        (site.directory / "go").touch()
+        site.end(worker, timeout=40)
+        assert web.status(sid).status == "successful"
+
+
+@services
+@slow
+def test_a_pool_of_threads_may_be_as_large_as_celery_likes(deploy):
+    site = deploy()
+    web = site.web()
+    site.worker("-P", "threads", "-c", "auto")
+    web.ended_well(web.sell())
+
+
+@services
+@slow
 def test_a_cold_shutdown_ends_a_job_that_never_checks(deploy):
     site = deploy()
     web = site.web()

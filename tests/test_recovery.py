@@ -27,6 +27,7 @@ from pyramid_async import current_job
 from pyramid_async.attempt import Attempt
 from pyramid_async.interfaces import JobTaken
 from pyramid_async.jobs import FRESH, Live
+from pyramid_async.prefork import Hints
 from pyramid_async.recovery import ARCHIVE_AFTER
 from pyramid_async.scheduler import Scheduler, executor_for
 from pyramid_async.transactional import transact
@@ -545,6 +546,31 @@ def test_silent_process_is_rescued_after_a_lease_and_not_before(machines, key, a
     assert CALLS[key] == [1, 2]
     assert one.told == []
     assert other.root(lambda root: root["n"]) == 1
+
+
+def test_processes_of_a_pool_know_together_who_is_silent(machines, key, at, wait_for):
+    """One that is renewed every few jobs lives no lease itself."""
+    one, hints = machines.process(), Hints()
+    with frozen(one, key, at) as sid:
+        for seconds in (LEASE / 2, LEASE / 2, 1, 0):
+            assert CALLS[key] == [1]
+            other = machines.process()
+            other.recovery.hints = hints
+            other.recovery.look()
+            machines.pass_time(seconds)
+        wait_for(lambda: len(CALLS[key]) == 2)
+        GATES[at].opened.set()
+        other.wait(sid)
+
+
+def test_hints_that_are_half_written_are_none():
+    hints = Hints(64)
+    assert hints.read() == {}
+    hints.write({"process": (1, 2.5)})
+    hints.write({"process": "too long for the room that there is" * 2})
+    assert hints.read() == {"process": [1, 2.5]}
+    hints._bytes[12:13] = b"#"
+    assert hints.read() == {}
 
 
 def test_process_that_shows_life_keeps_its_job_as_long_as_it_takes(machines, key, at):
