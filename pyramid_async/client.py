@@ -8,8 +8,8 @@ from typing import Any
 
 from pyramid.response import Response
 
+from .inputs import parameters
 from .resources import add_resource
-from .waiting import parameters
 
 ROUTE = "async.client"
 FILE = "client.js"

@@ -7,8 +7,8 @@ import json
 from typing import Any
 
 from .documents import JSON, document, problem
+from .inputs import digits, parameters
 from .jobs import STATUSES, JobStatus
-from .waiting import digits, parameters
 
 LIMIT = 10
 MOST = 100
@@ -28,10 +28,13 @@ def page(request: Any) -> dict[str, Any]:
 
 def limit_of(request: Any) -> int:
     """Return how many jobs a page has, or raise a 400."""
-    limits = [digits(text) for text in parameters(request, "limit")] or [LIMIT]
+    try:
+        limits = [digits(text) for text in parameters(request, "limit")] or [LIMIT]
+    except ValueError:
+        limits = [0]
     if not all(limits):
         raise problem(400, detail=f"limit must be a whole number from 1 to {MOST}")
-    return min(MOST, limits[0] or LIMIT)
+    return min(MOST, limits[0])
 
 
 def statuses_of(request: Any) -> list[str]:

@@ -18,12 +18,12 @@ from pyramid.response import Response
 
 from . import manage
 from .documents import no_such_job, timestamp
+from .inputs import form_fields, parameters
 from .interfaces import IScheduler, JobNotFound, NotRetriable
 from .jobs import FINAL, STATUSES, UNFINISHED
 from .manage import BadCursor, Page, Process, Report
-from .resources import add_resource, form_fields
+from .resources import add_resource
 from .views import manages
-from .waiting import parameters
 
 LIMIT = 50
 # Jobs of each list on the first page.

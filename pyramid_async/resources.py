@@ -12,6 +12,7 @@ from transaction.interfaces import TransientError
 
 from .cors import add_async_cors, protect
 from .documents import PROBLEM_JSON, busy, dumps, members, problem
+from .inputs import NO_FORM, form_fields
 from .interfaces import SchedulerFull
 
 log = logging.getLogger(__name__)
@@ -90,14 +91,6 @@ class NotAllowed:
         return response
 
 
-def form_fields(request: Any) -> Any:
-    """Return the fields of a form; raise a 400 for a body that is none."""
-    try:
-        return request.POST
-    except (ValueError, DeprecationWarning):  # which WebOb raises at another charset
-        raise problem(400, detail="the body is no form in UTF-8") from None
-
-
 # -- exceptions ------------------------------------------------------------------------
 
 
@@ -124,14 +117,12 @@ def unavailable(error: TransientError, request: Any) -> Any:
 
 
 def broken(error: Exception, request: Any) -> Any:
-    """Answer for a defect: with an id that is found in the log, and nothing else.
-
-    A check of the CSRF token fails so at a form that is none.
-    """
-    try:
-        form_fields(request)
-    except HTTPException as refusal:
-        return refusal
+    """Answer for a defect: with an id that is found in the log, and nothing else."""
+    if isinstance(error, NO_FORM):
+        try:
+            form_fields(request)  # as a check of the CSRF token did
+        except HTTPException as refusal:
+            return refusal
     error_id = token_hex(6)
     log.error("request %r failed, errorID %s", request.path_info, error_id, exc_info=error)
     return problem(500, errorID=error_id)

@@ -23,12 +23,13 @@ from .documents import (
     problem,
     retry_after,
 )
+from .inputs import parameters
 from .interfaces import IScheduler
 from .jobs import DISMISSED, SUCCESSFUL, TICKS, JobStatus
 from .listing import page
 from .resources import FULL_RETRY, add_refusals, add_resource
 from .results import response_of
-from .waiting import add_slots, hold, parameters
+from .waiting import add_slots, hold
 
 log = logging.getLogger(__name__)
 

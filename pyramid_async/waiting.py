@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from .documents import problem
+from .inputs import digits, parameters
 from .interfaces import IScheduler
 from .jobs import JobStatus
 from .process import Exit
@@ -53,26 +54,12 @@ def wanted(request: Any) -> int:
 
     A malformed header is ignored, as RFC 7240 has it; a malformed parameter is refused.
     """
-    asked = [digits(text) for text in parameters(request, "wait")]
-    if None in asked:
-        raise problem(400, detail="wait must be a whole number of seconds")
-    preferred = _PREFER_WAIT.search(request.headers.get("Prefer", ""))
-    return digits(preferred[2]) if preferred else (asked or [0])[0]  # type: ignore[return-value]
-
-
-def parameters(request: Any, name: str) -> list[str]:
-    """Return all values of a query parameter."""
     try:
-        return list(request.GET.getall(name))
-    except UnicodeDecodeError:
-        raise problem(400, detail="the query is not UTF-8") from None
-
-
-def digits(text: str) -> int | None:
-    """Return a whole number of any length, but none over a billion."""
-    if not (text.isascii() and text.isdigit()):
-        return None
-    return min(10**9, int(text.lstrip("0")[:10] or "0"))
+        asked = [digits(text) for text in parameters(request, "wait")]
+    except ValueError:
+        raise problem(400, detail="wait must be a whole number of seconds") from None
+    preferred = _PREFER_WAIT.search(request.headers.get("Prefer", ""))
+    return digits(preferred[2]) if preferred else (asked or [0])[0]
 
 
 def hold(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from base64 import b64encode
+from functools import partial
 from uuid import uuid4
 
 import pytest
@@ -12,8 +13,15 @@ import webapp
 import ZODB
 from pyramid.csrf import CookieCSRFStoragePolicy
 from pyramid.exceptions import ConfigurationError, URLDecodeError
-from pyramid.httpexceptions import HTTPServiceUnavailable
+from pyramid.httpexceptions import (
+    HTTPClientError,
+    HTTPNotFound,
+    HTTPServiceUnavailable,
+    HTTPUnauthorized,
+)
 from pyramid.request import Request
+from pyramid.response import Response
+from pyramid.security import forget
 from transaction.interfaces import TransientError
 from webapp import (
     GATES,
@@ -42,8 +50,10 @@ from webapp import (
     validate,
 )
 
+from pyramid_async import JobFailed
 from pyramid_async.documents import to_json
 from pyramid_async.scheduler import Caller, Scheduler
+from pyramid_async.testing import manual
 
 NO_SUCH_JOB = "http://www.opengis.net/def/exceptions/ogcapi-processes-1/1.0/no-such-job"
 NOT_READY = "http://www.opengis.net/def/exceptions/ogcapi-processes-1/1.0/result-not-ready"
@@ -660,6 +670,16 @@ def test_delete_dismisses_an_accepted_job_which_never_starts(web, at_gate):
     assert not GATES[at_gate].reached.is_set()
 
 
+def test_delete_dismisses_a_job_that_is_kept_for_no_time(web, at_gate):
+    GATES[at_gate].opened.set()
+    with manual(web.app.registry) as executor:
+        url = web.url(behind_gate, at_gate, result_timeout=0)
+        assert valid(web.delete(url, status=200).json)["status"] == "dismissed"
+        executor.drain()
+    assert not GATES[at_gate].reached.is_set()
+    web.get(url, status=404)
+
+
 @pytest.mark.parametrize(("job", "status"), [(echo, "successful"), (fail, "failed")])
 def test_delete_removes_a_finished_job_and_shows_its_last_document(web, job, status):
     url, last = web.finished(job, "value")
@@ -924,6 +944,69 @@ def test_refusal_of_the_policy_keeps_its_challenge(web):
     assert response.headers["WWW-Authenticate"] == 'Bearer realm="x"'
 
 
+class LegalReasons(HTTPClientError):
+    code, title = 451, "Unavailable For Legal Reasons"
+
+
+class LoginTimeout(HTTPClientError):
+    """Of a status that is nobody's standard."""
+
+    code, title = 440, "Login Time-out"
+
+
+class Refusing(Policy):
+    def __init__(self, error, *headers):
+        self.error, self.headers = error, headers
+
+    def forget(self, request):
+        return self.headers
+
+    def authenticated_userid(self, request):
+        raise self.error("secret of the policy", headers=forget(request))
+
+
+@pytest.mark.parametrize(
+    ("error", "name", "values"),
+    [
+        (LegalReasons, "Link", ['<https://example.org/law>; rel="blocked-by"']),
+        (LoginTimeout, "Retry-After", ["7"]),
+        (HTTPUnauthorized, "WWW-Authenticate", ['Basic realm="x"', "Bearer"]),
+        (HTTPUnauthorized, "Set-Cookie", ["ticket=; Max-Age=0", "old=; Max-Age=0"]),
+    ],
+)
+def test_refusal_keeps_its_status_and_headers_and_tells_nothing_else(error, name, values):
+    policy = Refusing(error, *((name, value) for value in values))
+    with browser(routes=lambda config: config.set_security_policy(policy), policy=False) as web:
+        response = web.get("/async/x", status=error.code)
+        assert response.headers.getall(name) == values
+        assert is_problem(response)["title"] == error.title
+        assert "secret" not in response.text
+
+
+def take(request):
+    """Raise what a job raised, in the midst of something else."""
+    request.scheduler.schedule(echo)
+    raise request.scheduler.get_result(request.matchdict["sid"])[1]
+
+
+@pytest.mark.parametrize("context", [JobFailed, Exception])
+@pytest.mark.parametrize("name", KINDS)
+def test_interrupt_of_a_job_that_a_view_raises_is_answered_and_nothing_committed(name, context):
+    def routes(config):
+        config.add_route("take", "/take/{sid}")
+        config.add_view(take, route_name="take")
+        config.add_exception_view(lambda error, _: Response(str(error)), context=context)
+
+    with kind(name, routes=routes) as web:
+        late, _ = web.finished(echo, timeout=0)
+        dismissed = web.url(echo, run_after=9999)
+        web.delete(dismissed)
+        for url, text in [(late, "JobTimeout: "), (dismissed, "JobDismissed")]:
+            assert web.get(f"/take/{url[-32:]}").text.startswith(text)
+            web.get(url, status=200)
+        assert number_of_jobs(web) == 2
+
+
 def test_defect_behind_the_router_is_a_500_too(web, monkeypatch, caplog):
     def broken(*args):
         raise RuntimeError("the secret")
@@ -1000,6 +1083,21 @@ def test_csrf_is_checked_as_the_application_has_it():
         web.delete(f"/async/{sid}", headers={"X-CSRF-Token": token}, status=200)
         # Says what is wrong, rather than that a token is missing.
         web.post(f"/async/{sid}", status=405)
+
+
+@pytest.mark.parametrize("method", ["DELETE", "POST"])
+@pytest.mark.parametrize(
+    "content_type", ["application/x-www-form-urlencoded; charset=latin-1", "multipart/form-data"]
+)
+def test_form_that_is_none_is_the_fault_of_the_client(method, content_type, caplog):
+    with browser({"async.store": "ram"}, routes=with_csrf) as web:
+        sid = web.scheduler.transact(lambda s: s.schedule(echo))
+        path = {"DELETE": f"/async/{sid}", "POST": "/async/rpc"}[method]
+        headers = {"Content-Type": content_type}
+        response = web.request(path, method=method, body=b"a=%ff", headers=headers, status=400)
+        assert is_problem(response)["detail"] == "the body is no form in UTF-8"
+        assert "errorID" not in caplog.text
+        web.get(f"/async/{sid}", status=200)
 
 
 # -- CORS ------------------------------------------------------------------------------
@@ -1093,6 +1191,24 @@ def test_predicates_that_ask_for_methods_of_the_request_are_asked_by_options_too
         assert preflight(web, "/thing", "GET").headers["Allow"] == "GET, OPTIONS"
 
 
+class Raises(HasTenant):
+    def __call__(self, info, request):
+        raise self.name("secret of the predicate")
+
+
+@pytest.mark.parametrize("error", [HTTPNotFound, HTTPUnauthorized])
+def test_what_a_predicate_raises_is_left_to_the_exception_views_of_the_application(error):
+    def routes(config):
+        config.add_route_predicate("raises", Raises)
+        config.add_route("thing", "/thing", raises=error)
+        config.add_exception_view(lambda _, request: Response("ours", error.code), context=error)
+        config.add_async_cors("thing", ["GET"])
+
+    with browser(routes=routes) as web:
+        for ask in (web.get, web.options, partial(preflight, web)):
+            assert ask("/thing", status=error.code).text == "ours"
+
+
 class Fallback(Request):
     """A request that has whatever its environ has."""
 
@@ -1144,11 +1260,25 @@ def test_without_configured_origins_nothing_varies():
 
 
 @pytest.mark.parametrize(
-    "origins", ["https://a.org/", "https://a.org/path", "a.org", "HTTPS://a.org", "https://*.a.org"]
-)
-def test_origin_that_is_none_stops_the_start(origins):
+    "origins",
+    ["https://a.org/", "https://a.org/path", "a.org", "HTTPS://a.org", "https://*.a.org",
+     "https://App.Example.org", "https://app.example.org:443", "http://x:80",
+     "https://app.example.org:", "https://user:pw@host", "https://bücher.de", "https://a:b:c"],
+)  # fmt: skip
+def test_origin_that_no_browser_sends_stops_the_start(origins):
     with pytest.raises(ConfigurationError, match=r"async\.cors\.origins"):
         application({"async.cors.origins": origins})
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["https://[2001:db8::1]", "http://[::1]:8080", "chrome-extension://abcdefghijklmnop",
+     "https://x:80", "http://x:443", "http://x:8080", "https://xn--bcher-kva.de"],
+)  # fmt: skip
+def test_origin_that_a_browser_sends_can_be_listed(origin):
+    with browser({"async.cors.origins": origin}) as web:
+        answer = web.get("/async/x", headers={"Origin": origin}, status=404)
+        assert cors(answer)["Allow-Origin"] == origin
 
 
 def test_star_with_credentials_stops_the_start():
@@ -1175,6 +1305,11 @@ def test_start_route_of_the_application_is_served_by_the_same_helper():
         assert "Retry-After" in cors(answer)["Expose-Headers"]
         # Not a preflight, and no job route: the application's own business.
         web.options("/start/echo", status=404)
+
+
+def test_one_method_may_be_given_as_a_text():
+    with browser(routes=lambda config: config.add_async_cors("hello", methods="PUT")) as web:
+        assert preflight(web, "/hello", "PUT").headers["Allow"] == "PUT, OPTIONS"
 
 
 def test_cors_for_a_route_that_is_missing_stops_the_start():

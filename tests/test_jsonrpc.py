@@ -29,6 +29,7 @@ from webapp import (
 )
 
 from pyramid_async.scheduler import Scheduler
+from pyramid_async.testing import manual
 
 
 def subtract(minuend, subtrahend):
@@ -68,6 +69,7 @@ def operations(config):
         config.add_operation(name, f, title=f"The operation {name}")
     config.add_operation("restricted", get_data, permission="async.manage")
     config.add_operation("alone", echo, key="alone")
+    config.add_operation("forgotten", behind_gate, result_timeout=0)
 
 
 @pytest.fixture(params=KINDS)
@@ -368,6 +370,21 @@ def test_csrf_is_checked_as_the_application_has_it():
         assert number_of_jobs(web) == 0
 
 
+def leave_rpc_out(request):
+    return request.path != "/async/rpc"
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_without_a_transaction_it_is_a_500_and_no_job_is_promised(name, caplog):
+    hook = {"tm.activate_hook": "test_jsonrpc.leave_rpc_out"}
+    with kind(name, hook, routes=operations) as web:
+        response = post(web, {"jsonrpc": "2.0", "method": "echo", "id": 1}, status=500)
+        assert response.content_type == "application/problem+json"
+        assert response.json["errorID"] in caplog.text
+        assert "tm.activate_hook" in caplog.text
+        assert number_of_jobs(web) == 0
+
+
 # -- jobs ----------------------------------------------------------------------------------------
 
 
@@ -440,6 +457,18 @@ def test_cancel_dismisses_the_job_and_leaves_a_finished_one_alone(web, at_gate):
     assert call(web, "async.status", started["jobID"])["result"] == 1
 
 
+def test_cancel_dismisses_a_job_that_is_kept_for_no_time(web, at_gate):
+    GATES[at_gate].opened.set()
+    with manual(web.app.registry) as executor:
+        sid = call(web, "forgotten", at_gate)["jobID"]
+        document = call(web, "async.cancel", sid)
+        validate(document, STATUS_INFO)
+        assert (document["jobID"], document["status"]) == (sid, "dismissed")
+        executor.drain()
+    assert not GATES[at_gate].reached.is_set()
+    assert call(web, "async.status", sid)["code"] == -32001
+
+
 def test_no_such_job_is_the_same_for_an_unknown_and_a_foreign_one(web):
     started = call(web, "echo", 1, user="alice")
     web.done(started["links"][0]["href"], "alice")
@@ -466,6 +495,13 @@ def test_nobody_cancels_the_job_of_another(web, at_gate):
     GATES[at_gate].opened.set()
     document = web.done(started["links"][0]["href"], "alice")
     assert document["status"] == "successful"
+
+
+def test_operations_of_one_function_are_told_by_the_name_that_was_called(web):
+    for name in ("update", "notify_hello", "notify_sum"):
+        started = call(web, name)
+        assert started["processID"] == name
+        assert web.done(started["links"][0]["href"])["processID"] == name
 
 
 def test_job_belongs_to_who_started_it(web):

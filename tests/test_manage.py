@@ -917,6 +917,26 @@ def test_button_retries_a_job(web, key):
     assert len(old.forms) == 1  # nothing to press any more
 
 
+def test_button_that_retries_into_a_full_store_is_a_503():
+    with browser({"async.store": "ram", "async.max_pending": "1"}) as web, gate() as name:
+        sid = ended(web, fail, "x")
+        put(web, behind_gate, name)
+        response = press(web, sid, status=503)
+        assert int(response.headers["Retry-After"]) >= 1
+        assert response.content_type == "application/problem+json"
+        assert manage.show(web.scheduler, sid).may_retry
+
+
+def test_button_leads_back_below_a_script_name_that_is_not_ascii(web):
+    with gate() as name:
+        sid = put(web, behind_gate, name)
+        token = token_of(web.get(f"/async/manage/{sid}", headers=ADMIN))
+        below = {"SCRIPT_NAME": "/日本".encode().decode("latin-1")}
+        response = post(web, sid, "cancel", token, extra_environ=below, status=303)
+    path = f"/%E6%97%A5%E6%9C%AC/async/manage/{sid}"
+    assert response.headers["Location"] == f"http://localhost{path}?told=cancelled"
+
+
 def test_button_that_comes_too_late_says_so(web):
     with gate() as name:
         sid = put(web, behind_gate, name)

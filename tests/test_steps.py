@@ -283,6 +283,33 @@ def test_claim_whose_reply_was_lost_counts_once(app, executor, plan):
     assert job.attempts == 2  # with the one that was lost after its checkpoint
 
 
+LOOKS = []  # what the attempts at a job see of it from outside
+
+
+def look():
+    """Tell of progress, the later the less, and fail at first."""
+    job = current_job()
+    attempt = len(LOOKS) + 1
+    job.progress(1, 2 * attempt, f"attempt {attempt}")
+    scheduler = job.request.registry.getUtility(IScheduler)
+    LOOKS.append(scheduler.transact(lambda inside: inside.status(job.sid)))
+    if attempt == 1:
+        raise ValueError
+
+
+def test_attempts_whose_end_is_not_recorded_never_show_two_documents_under_one_tag(
+    app, executor, plan
+):
+    LOOKS.clear()
+    plan.at("fail", before=abandon)
+    scheduler_of(app).transact(lambda inside: inside.schedule(look))
+    settle(executor)
+    first, second = LOOKS
+    assert (first.message, second.message) == ("attempt 1", "attempt 2")
+    assert second.revision > first.revision
+    assert second.progress >= first.progress == 50
+
+
 # -- rivals --------------------------------------------------------------------------------
 
 

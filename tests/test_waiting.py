@@ -565,16 +565,16 @@ def test_commit_of_the_job_before_that_of_the_dismissal_wins(
 
 def watch_cancel(monkeypatch, then=lambda: None):
     """Call *then* after the first cancellation, before its commit; return an event of it."""
-    cancel, happened = Scheduler.cancel, threading.Event()
+    dismiss, happened = Scheduler.dismiss, threading.Event()
 
     def watched(scheduler, sid):
-        done = cancel(scheduler, sid)
+        done = dismiss(scheduler, sid)
         if not happened.is_set():
             happened.set()
             then()
         return done
 
-    monkeypatch.setattr(Scheduler, "cancel", watched)
+    monkeypatch.setattr(Scheduler, "dismiss", watched)
     return happened
 
 
@@ -622,5 +622,5 @@ def test_conflicts_without_end_are_a_503(web, at_gate, monkeypatch):
         raise TransientError("conflict")
 
     url = at_work(web, at_gate)
-    monkeypatch.setattr(Scheduler, "cancel", conflict)
+    monkeypatch.setattr(Scheduler, "dismiss", conflict)
     assert web.delete(url, status=503).headers["Retry-After"] == "1"

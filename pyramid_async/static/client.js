@@ -270,10 +270,13 @@ async function ask(url, { signal, headers, credentials, token }, init = {}, seco
 }
 
 async function read(response) {
-  const isRead = isJson(response.headers.get("Content-Type"));
-  // A refusal counts, whatever it says.
-  if (isRead) return response.ok ? response.json() : response.json().catch(() => undefined);
-  await response.body?.cancel();
+  if (!isJson(response.headers.get("Content-Type"))) return response.body?.cancel();
+  try {
+    return await response.json();
+  } catch (error) {
+    // A refusal counts, whatever it says.
+    if (response.ok || !(error instanceof SyntaxError)) throw error;
+  }
 }
 
 /** Send what fetch knows as it is, and anything else as JSON. */
