@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
 from pyramid.config import Configurator
 from pyramid.exceptions import ConfigurationError
 
+from pyramid_async.ram import RamStore
+from pyramid_async.recovery import Recovery
 from pyramid_async.settings import SETTINGS, BadSetting, read_settings
+from pyramid_async.threads import ThreadExecutor
+from pyramid_async.worker import Worker
 
 # Name -> (text, value), and texts that are refused.
 SECONDS_OR_NONE = ["-1", "x", "", "nan", "inf", "-inf", "1e9", "1,5", None, True]
@@ -143,3 +148,13 @@ def test_bad_setting_stops_the_start_of_an_application(settings):
     config.include("pyramid_async")
     with pytest.raises(ConfigurationError, match=name):
         config.commit()
+
+
+@pytest.mark.parametrize("kind", [Worker, Recovery, ThreadExecutor, RamStore])
+def test_without_settings_the_defaults_are_the_same(kind):
+    defaults = {setting.name: setting.default for setting in SETTINGS}
+    defaults["interval"] = defaults["maintenance_interval"]
+    parameters = inspect.signature(kind).parameters.items()
+    own = {name: p.default for name, p in parameters if p.default is not p.empty}
+    shared = own.keys() & defaults.keys()
+    assert {name: own[name] for name in shared} == {name: defaults[name] for name in shared} != {}
