@@ -252,8 +252,9 @@ def add_operation(
 ) -> None:
     """Give a function a public name: its ``processID`` and JSON-RPC method.
 
-    *f* may be a dotted name.  *permission* is asked of whoever starts it by that name;
-    *options* are those of `using`.  Two operations of one name are a configuration conflict.
+    *f* may be a dotted name.  *permission*, on the root, is asked of whoever starts it by that
+    name; without one anybody may.  *options* are those of `using`.  Two operations of one name
+    are a configuration conflict.
     Raises NotSchedulable for an option at once, for a function when the action is carried out.
     """
     f = config.maybe_dotted(f)

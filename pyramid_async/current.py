@@ -22,8 +22,8 @@ class Job:
     """One attempt at a job, from the inside.
 
     The function's own thread calls the methods; other threads read the attributes, which are
-    replaced and never changed in place, and call `interrupt`.  Nothing here touches the
-    job's record or its transaction.
+    replaced and never changed in place, and call `interrupt`.  Nothing here but `checkpoint`
+    touches the job's record or its transaction.
     """
 
     request: Any = None
@@ -52,9 +52,10 @@ class Job:
         self.over = False  # that was done
 
     def progress(self, done: float, total: float | None = None, message: Any = None) -> None:
-        """Tell how far the job is: *done* of *total* units, or a *message* alone.
+        """Tell how far the job is: *done* of *total* units, and a *message*.
 
-        Raises what `check` raises.  Costs about a microsecond; nothing is written.
+        Without *total* the message alone; its first 500 characters are kept.  Raises what `check`
+        raises.  Costs about a microsecond; nothing is written.
         """
         self.check()
         percent = self.percent

@@ -96,7 +96,8 @@ class JobInterrupted(BaseException):
 class JobDismissed(JobInterrupted):
     """The job was cancelled, or belongs to another worker by now: nothing it did will count.
 
-    A job may raise it, or cancel itself: then it ends ``dismissed``, without effects.
+    A job may raise it, or cancel itself: then it ends ``dismissed``, without effects but those of
+    its checkpoints, which stay in any case.
     """
 
 
@@ -135,9 +136,10 @@ class IScheduler(Interface):
                            and schedules nothing; one key space for all users
         ``run_after``      seconds from now, or a datetime with a time zone: not before then
         ``retry_on``       exception classes after which the job is tried again, with growing
-                           random delays (2 s, 4 s, ... at most), ``max_attempts`` times in all
+                           random delays (at most 2 s, 4 s, ... 300 s), ``max_attempts`` times in
+                           all
         ``timeout``        seconds after which ``job.check()`` raises `JobTimeout`
-        ``max_attempts``   claims after which a job that kills its runner ends ``failed``
+        ``max_attempts``   attempts after which a job that kills its runner ends ``failed``
         ``queue``          name of the queue, for executors that have several
 
         Raises `NotSchedulable` for an unknown option or a value that does not fit.
@@ -182,8 +184,8 @@ class IScheduler(Interface):
         what it is.  Asked again for the same job it returns the same sid.  What has noted the
         old sid does not learn of the new one, unless the function writes its own.
 
-        Raises JobNotFound, and `NotRetriable` for a job that has not failed, or whose key
-        another unfinished job has.
+        Raises JobNotFound, `SchedulerFull`, and `NotRetriable` for a job that has not failed, or
+        whose key another unfinished job has.
         """
 
     def status(sid: str) -> Any:
@@ -426,9 +428,10 @@ class IJobEvent(Interface):
 class IJobAccepted(IJobEvent):
     """A job was scheduled: it exists if the present transaction commits.
 
-    Sent in the thread and transaction of whoever schedules, so what a subscriber writes is
-    committed with the job, and what it raises reaches the caller of ``schedule``.  Not sent
-    for a ``key`` that an unfinished job has.
+    Sent in the thread and transaction of whoever schedules, so what a subscriber writes there,
+    through the connection of `get_current_request`, is committed with the job, and what it
+    raises reaches the caller of ``schedule``.  Not sent for a ``key`` that an unfinished job has.
+    When an operator retries, that transaction is the library's own, as for `IJobCancelled`.
     """
 
 
@@ -452,7 +455,10 @@ class IJobFinished(IJobEvent):
 class IJobCancelled(IJobEvent):
     """A job was dismissed: it can have no effect once the present transaction commits.
 
-    Sent in the thread and transaction of whoever cancels, as `IJobAccepted` is.
+    Sent in the thread and transaction of whoever cancels, as `IJobAccepted` is.  ``DELETE`` and
+    operators cancel in a transaction of the library's own, where no subscriber can write, and
+    which a conflict repeats: then it is sent again, or told of what did not happen.  A worker
+    sends it for a job that dismisses itself; what a subscriber raises is logged then.
     """
 
 

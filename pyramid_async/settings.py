@@ -96,7 +96,7 @@ SETTINGS = (
         COUNT,
         2,
         "Worker threads in a process; each uses one connection to each database."
-        " 0: this process schedules and runs nothing.",
+        " 0: this process schedules jobs and runs none.",
     ),
     Setting(
         "max_pending",
@@ -118,7 +118,8 @@ SETTINGS = (
         _positive,
         POSITIVE,
         3,
-        "How often a job whose process died is claimed, before it fails.",
+        "How often a job whose process dies, or that raises what retry_on names, is tried in all,"
+        " before it fails.",
     ),
     Setting(
         "heartbeat",
@@ -184,7 +185,7 @@ SETTINGS = (
         str,
         "the URL of a broker",
         "amqp://guest:guest@127.0.0.1:5672//",
-        "Where the bells for Celery workers go; RabbitMQ or Redis.",
+        "Where the messages for Celery workers go; RabbitMQ or Redis.",
     ),
     Setting(
         "celery.queue",

@@ -92,7 +92,7 @@ export class JobProblem extends Error {
  * Start a job and return its result.
  *
  * The result of a file is the link to it. Rejects with a JobProblem, or with the signal's reason.
- * A start that is refused or does not arrive is not repeated.
+ * A start that is refused or does not arrive is not repeated; the latter rejects with fetch's error.
  */
 export function start<Result = unknown>(
   url: string | URL,
@@ -110,10 +110,14 @@ export function watch<Result = unknown>(
   options?: WatchOptions,
 ): Promise<Result>;
 
-/** Cancel a job that is not finished; return its document, which says what became of it. */
+/**
+ * Cancel a job that is not finished; return its document, which says what became of it.
+ *
+ * Not repeated: rejects with a JobProblem, or with fetch's error where no answer came.
+ */
 export function cancel(location: string | URL, options?: RequestOptions): Promise<Job>;
 
-/** What the element says; put another language here before elements are made. */
+/** What the element says; put another language here before the first document of a job arrives. */
 export const texts: {
   job: string;
   accepted: string;
