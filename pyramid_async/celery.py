@@ -26,6 +26,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import transaction
+from billiard.pool import EX_RECYCLE
 from celery import signals
 from pyramid.config import global_registries
 from pyramid.exceptions import ConfigurationError
@@ -98,6 +99,7 @@ class CeleryExecutor:
         self.stopped = False
         self.suspended = False
         self.unbegun = 0
+        self.renewed = False  # this process of a pool ends, for it has had its number of tasks
         self.ends = False  # no more jobs are begun, and the present ones are told
         self.held = worker.running  # nothing waits here
         self.bells = make_bells()
@@ -222,12 +224,18 @@ class CeleryExecutor:
         try:
             self.worker.give_back_running()
             if self.recovery is not None:
-                # Their bells are gone: another process is to wait for the time of these.
-                for sid in self.recovery.timed():
-                    self.put(sid, FRESH)
+                self._pass_on_timers()
         except Exception:
             # Recovery finds them by the lease.
             log.exception("jobs could not be given back: %s", ", ".join(self.held))
+
+    def _pass_on_timers(self) -> None:
+        """Let others wake the jobs that wait for their time here: their bells are gone."""
+        if self.renewed:
+            self.recovery.hand_over()  # a bell would be one of the successor's few tasks
+            return
+        for sid in self.recovery.timed():
+            self.put(sid, FRESH)
 
     def end_jobs(self, why: str) -> None:
         """Tell the jobs that run here to end, and begin no others."""
@@ -313,8 +321,9 @@ class Site:
         if self._pid == os.getpid() and self._executor is not None:
             self._executor.end_jobs(why)
 
-    def stop(self) -> None:
+    def stop(self, renewed: bool = False) -> None:
         if self._pid == os.getpid() and self._executor is not None:
+            self._executor.renewed = renewed
             self._executor.stop()
             # Pool children leave by os._exit: no exit handler would do it.
             close_applications()
@@ -420,8 +429,8 @@ def begin_process(**_: Any) -> None:
 
 
 @signals.worker_process_shutdown.connect(weak=False)
-def end_process(**_: Any) -> None:
-    site.stop()
+def end_process(exitcode: Any = None, **_: Any) -> None:
+    site.stop(renewed=exitcode == EX_RECYCLE)
 
 
 @signals.worker_shutdown.connect(weak=False)

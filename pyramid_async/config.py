@@ -13,6 +13,7 @@ from pyramid.tweens import EXCVIEW
 
 from . import client, jsonrpc, openapi, pages, views
 from .application import add_application, will_fork
+from .current import current_job
 from .interfaces import (
     IExecutorFactory,
     IScheduler,
@@ -209,6 +210,8 @@ def inner_tween_factory(handler: Any, registry: Any) -> Any:
         try:
             return handler(request)
         except JobInterrupted as error:
+            if current_job().sid is not None:
+                raise  # a job has the application answer a request, and is itself told to end
             raise JobFailed(type(error).__name__, str(error)) from error
 
     return inner_tween

@@ -373,6 +373,7 @@ class IExecutor(Interface):
     recovery = Attribute("The `~pyramid_async.recovery.Recovery` of this process, set once made.")
     held = Attribute("The sids that wait or run in this process.")
     grace = Attribute("Seconds that recovery leaves a job alone which nobody holds.")
+    stopped = Attribute("True once it was told to stop.")
     suspended = Attribute("True while no jobs are to be taken; set by recovery.")
     unbegun = Attribute("How many due jobs were nobody's at the last look; set by recovery.")
     workers = Attribute("How many jobs may run in this process at one time.")

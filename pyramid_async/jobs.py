@@ -118,7 +118,7 @@ def name_of(f: Any) -> str:
 
     Its repr may load half of a database, and tell it; or raise.
     """
-    return class_name(f if hasattr(f, "__qualname__") else type(f))
+    return class_name(f if hasattr(f, "__qualname__") and hasattr(f, "__module__") else type(f))
 
 
 # Option of `using` -> (conversion, what is allowed).

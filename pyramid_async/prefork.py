@@ -150,7 +150,7 @@ class Hints:
     is for what does no harm when it is lost.  As JSON has it, tuples come back as lists.
     """
 
-    def __init__(self, size: int = 1 << 16) -> None:
+    def __init__(self, size: int = 1 << 20) -> None:
         self._bytes = mmap.mmap(-1, size)
 
     def read(self) -> dict[str, Any]:

@@ -111,6 +111,8 @@ class Connections:
     pool.
     """
 
+    _left: deque[Any] = deque()  # of all: one that is dead itself could release nothing
+
     def __init__(self, db: Any = None) -> None:
         self.db = db
         # Our connection is an attribute of its manager: a dictionary here would keep both, for
@@ -120,7 +122,6 @@ class Connections:
         # storage lists these, and tells each of every commit, until they are released; not by the
         # garbage collector, which may run while this very thread holds the lock of that list.
         self._watched: Any = WeakSet()
-        self._left: deque[Any] = deque()
 
     def know(self, db: Any) -> None:
         """Remember a database of those that persistent arguments come from."""

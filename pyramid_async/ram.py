@@ -340,7 +340,7 @@ class RamTable:
         self.remove(record)
 
     def is_removed(self, record: JobRecord) -> bool:
-        # Not one that others collected: who collects it too must conflict.
+        # Not one that others collected, while they could: who collects it too must conflict.
         return record.sid in self._removed or record.expired(self.store.clock())
 
     def keyed(self, key: str) -> str | None:

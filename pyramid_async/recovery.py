@@ -283,6 +283,30 @@ class Recovery:
         begun = (live for live in sign.running.values() if live.revision is not None)
         return {live.signature for live in begun}
 
+    # -- hints: a process that is renewed every few jobs lives no lease, nor until a job is due
+
+    def _take_hints(self) -> None:
+        hints = self.hints.read()
+        # A process that had no sign then may have had other jobs since.
+        if hints and self.monotonic() - hints["at"] <= self.lease:
+            self._observed = {**hints["observed"], **self._observed}
+
+    def _give_hints(self) -> None:
+        for when, sid in self.hints.read().get("timers", ()):
+            self.later(when, sid)  # ours from now on
+        self._write_hints([])
+
+    def hand_over(self) -> None:
+        """Let another process of the pool wake the jobs that wait for their time here."""
+        if self.hints is not None:
+            others = self.hints.read().get("timers", [])
+            with self._lock:
+                self._write_hints([*others, *self._timers])
+
+    def _write_hints(self, timers: list[Any]) -> None:
+        hints = {"at": self.monotonic(), "observed": self._observed, "timers": timers}
+        self.hints.write(hints)
+
     # -- lost jobs
 
     def look(self) -> None:
@@ -291,8 +315,7 @@ class Recovery:
         Cost: reads every unfinished record and those that finished since the last move.
         """
         if self.hints is not None:
-            # One that is renewed every few jobs lives no lease.
-            self._observed = {**self.hints.read(), **self._observed}
+            self._take_hints()
         self._holders.clear()
         self._unlisted_before, self._unlisted = self._unlisted, {}
         self._bad_before, self._bad = self._bad, set()
@@ -301,7 +324,7 @@ class Recovery:
         if self.store.durable:
             self._bury()
         if self.hints is not None:
-            self.hints.write(self._observed)
+            self._give_hints()
 
     def _archive(self, ended: dict[str, float]) -> None:
         """Put finished records away, many at once; *ended*: sid -> seconds since the job's end."""

@@ -7,6 +7,7 @@ from secrets import token_hex
 from typing import Any
 
 from pyramid.httpexceptions import HTTPException
+from pyramid.response import Response
 from pyramid.security import NO_PERMISSION_REQUIRED
 from transaction.interfaces import TransientError
 
@@ -18,6 +19,7 @@ from .interfaces import SchedulerFull
 log = logging.getLogger(__name__)
 
 DEFAULT_PREFIX = "/async"
+OF_THE_BODY = {"content-encoding", "content-length", "content-type"}
 _KEY = "pyramid_async.resources"
 # Seconds after which a full store may have room.
 FULL_RETRY = 5
@@ -103,11 +105,13 @@ def full(error: SchedulerFull, request: Any) -> Any:
 
 def refused(error: Any, request: Any) -> Any:
     """Return an HTTP exception as a problem, without what its body might tell."""
-    if error.content_type != PROBLEM_JSON and error.status_code >= 400:
-        # In place: its headers are for the client, a cookie to forget or several challenges.
-        error.body = dumps(members(error.status_code, error.title, "about:blank"))
-        error.content_type = PROBLEM_JSON
-    return error
+    if error.content_type == PROBLEM_JSON or error.status_code < 400:
+        return error
+    body = dumps(members(error.status_code, error.title, "about:blank"))
+    response = Response(body, status=error.status, content_type=PROBLEM_JSON)
+    # For the client: a cookie to forget, several challenges.
+    response.headerlist += [h for h in error.headerlist if h[0].lower() not in OF_THE_BODY]
+    return response
 
 
 def unavailable(error: TransientError, request: Any) -> Any:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from hashlib import blake2b
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 from weakref import WeakKeyDictionary
 
 import transaction
@@ -16,7 +16,7 @@ from persistent import Persistent
 from transaction.interfaces import TransientError
 from zope.interface import implementer
 
-from .current import Changes
+from .current import Changes, current_job
 from .interfaces import (
     BadRecord,
     IScheduler,
@@ -473,9 +473,10 @@ class PersistentTransactionalScheduler(Persistent):
         key = self._key()
         scheduler = _in_use.get(key)
         if scheduler is not None:
-            # Found there until the end: a job that still runs would start another by its use of it.
-            scheduler.executor.stop(timeout)
-            _in_use.pop(key, None)
+            try:
+                scheduler.executor.stop(timeout)
+            finally:
+                _forget(key, scheduler)
 
     def _key(self) -> tuple[Any, bytes]:
         if self._p_jar is None:
@@ -488,9 +489,11 @@ class PersistentTransactionalScheduler(Persistent):
     def _scheduler(self) -> Scheduler:
         db, oid = key = self._key()
         scheduler = _in_use.get(key)
-        if scheduler is None:
+        if not _serves(scheduler):
             with _in_use_locks.setdefault(os.getpid(), threading.Lock()):
-                scheduler = _in_use[key] = _in_use.get(key) or self._start(db, oid)
+                scheduler = _in_use.get(key)
+                if not _serves(scheduler):
+                    scheduler = _in_use[key] = self._start(db, oid)
         connection = self._p_jar
         return scheduler.bind(connection.transaction_manager, Caller(connect=lambda: connection))
 
@@ -525,12 +528,29 @@ def stop_before_close(db: Any) -> None:
 
     def stop_and_close() -> None:
         ours = {key: use for key, use in list(_in_use.items()) if key[0] is db}
-        stop_together([use.executor for use in ours.values()])  # see `stop`
-        close()
-        for key in ours:
-            _in_use.pop(key, None)
+        try:
+            stop_together([use.executor for use in ours.values()])
+            close()
+        finally:
+            for key, use in ours.items():
+                _forget(key, use)
 
     db.close = stop_and_close
+
+
+def _serves(scheduler: Scheduler | None) -> TypeGuard[Scheduler]:
+    """Say whether it may be used: one that stops by the jobs alone that it still waits for.
+
+    They would start another one.
+    """
+    if scheduler is None:
+        return False
+    return not scheduler.executor.stopped or current_job().sid is not None
+
+
+def _forget(key: tuple[Any, bytes], scheduler: Scheduler) -> None:
+    if _in_use.get(key) is scheduler:  # else another one was started meanwhile
+        del _in_use[key]
 
 
 # (database, oid of the scheduler) -> what runs its jobs in this process, until `stop` or until

@@ -101,6 +101,7 @@ class ManualExecutor:
     workers = 1
     max_pending = 10_000
     grace = 0.0
+    stopped = False
     suspended = False
     unbegun = 0
 

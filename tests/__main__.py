@@ -1,4 +1,4 @@
-"""Run every check: ``python3 tests``; or some tests alone: ``python3 tests -k cancel``.
+"""Run the fast tests, and the checks of style and types; ``python3 tests -k cancel``: some tests.
 
 Makes ``.venv`` in the checkout and installs into it what is missing, so that a bare Python will do.
 """

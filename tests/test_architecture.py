@@ -72,7 +72,7 @@ MAP = {
     # Nobody imports these.
     "celery": (
         "interfaces jobs application transactional attempt worker settings bells prefork",
-        "celery pyramid transaction zope",
+        "billiard celery pyramid transaction zope",
     ),
     "cli": ("interfaces jobs documents manage config", "pyramid zc"),
     "testing": (

@@ -1714,6 +1714,28 @@ def test_a_worker_that_ends_leaves_to_others_what_waits_for_its_time(pool, deplo
     assert status.started - status.created < 12 + 3  # recovery comes after 5
 
 
+def children(process):
+    return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+
+
+@services
+@slow
+def test_what_waits_for_its_time_outlives_the_processes_of_a_pool_and_renews_none(deploy):
+    site = deploy()
+    web = site.web()
+    worker = site.worker("-c", "1", "--max-tasks-per-child", "1")
+    sid = web.sell(run_after=20)
+    web.ended_well(web.sell(), web.sell())
+    until(lambda: children(worker))
+    time.sleep(3)  # while the last process is replaced
+    [process] = children(worker)
+    time.sleep(3)
+    assert children(worker) == [process]
+    web.ended_well(sid)
+    status = web.status(sid)
+    assert status.started - status.created < 20 + 3  # recovery comes after 5
+
+
 @services
 @slow
 @pytest.mark.parametrize("pool", ["prefork", "threads"])

@@ -563,6 +563,35 @@ def test_processes_of_a_pool_know_together_who_is_silent(machines, key, at, wait
         other.wait(sid)
 
 
+def test_a_process_of_a_pool_wakes_what_its_predecessor_was_to_wake(machines, key):
+    hints, one = Hints(), machines.process()
+    one.recovery.hints = hints
+    sid = one.plant(note, key, run_after=10)
+    one.record(sid, holder=None)
+    one.recovery.later(one.store.clock() + 10, sid)
+    one.recovery.hand_over()
+    two, three = machines.process(), machines.process()
+    for other in (two, three):
+        other.recovery.hints = hints
+        other.recovery.look()
+    assert (two.recovery.timed(), three.recovery.timed()) == ([sid], [])
+
+
+def test_what_a_pool_observed_long_ago_counts_for_nothing(machines, key, at):
+    """The process had no sign of life then, and has a job again."""
+    one, hints = machines.process(), Hints()
+    hints.write({"at": 0.0, "observed": {one.store.process: (None, 0.0)}})
+    machines.pass_time(LEASE + 1)
+    sid = one.schedule(count_behind_gate, ROOT, key, at)
+    GATES[at].reach()
+    other = machines.process()
+    other.recovery.hints = hints
+    one.record(sid, holder=one.store.process)
+    other.recovery.look()
+    assert other.executor.held == set()
+    GATES[at].opened.set()
+
+
 def test_hints_that_are_half_written_are_none():
     hints = Hints(64)
     assert hints.read() == {}

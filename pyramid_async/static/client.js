@@ -119,8 +119,11 @@ class Watch {
       while (!this.tell(job)) {
         await until(this.options.signal, pause);
         const known = job !== undefined;
-        // After an absence the page shows what is before it is held again.
-        [job, pause] = await insist(this.options, (away) => this.look(known && !away));
+        // After an absence the page shows what is before it is held again; not at once after a
+        // failure, which may have come of being held.
+        [job, pause] = await insist(this.options, (away, failures) =>
+          this.look(known && !away, known && (!away || failures > 0)),
+        );
       }
       return job;
     } finally {
@@ -139,8 +142,8 @@ class Watch {
   }
 
   /** Return the document and the seconds until the next look. */
-  async look(known) {
-    const seconds = known && this.reserve() ? this.patience() : 0;
+  async look(mayHold, paced) {
+    const seconds = mayHold && this.reserve() ? this.patience() : 0;
     const begun = now();
     const { response, job } = await this.ask(seconds);
     if (response.headers.has("Preference-Applied")) {
@@ -149,7 +152,7 @@ class Watch {
     }
     this.release();
     const least = secondsOf(response) ?? job.retryAfter ?? 1;
-    return [job, known ? this.pace(least) : this.pauseAfterFirst(least)];
+    return [job, paced ? this.pace(least) : this.pauseAfterFirst(least)];
   }
 
   async ask(seconds) {
@@ -210,7 +213,7 @@ async function insist({ signal, onRetry }, attempt) {
       await until(signal, Infinity, document, "visibilitychange");
     }
     try {
-      return await attempt(away);
+      return await attempt(away, failures);
     } catch (error) {
       signal?.throwIfAborted();
       if (error instanceof JobProblem && !error.passes) throw error;
