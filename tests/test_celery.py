@@ -1723,17 +1723,15 @@ def children(process):
 def test_what_waits_for_its_time_outlives_the_processes_of_a_pool_and_renews_none(deploy):
     site = deploy()
     web = site.web()
-    worker = site.worker("-c", "1", "--max-tasks-per-child", "1")
-    sid = web.sell(run_after=20)
-    web.ended_well(web.sell(), web.sell())
-    until(lambda: children(worker))
-    time.sleep(3)  # while the last process is replaced
-    [process] = children(worker)
-    time.sleep(3)
-    assert children(worker) == [process]
-    web.ended_well(sid)
-    status = web.status(sid)
-    assert status.started - status.created < 20 + 3  # recovery comes after 5
+    worker = site.worker("-c", "1", "--max-tasks-per-child", "2")
+    first = until(lambda: children(worker))
+    sids = [web.sell(run_after=30) for _ in range(2)]
+    second = until(lambda: children(worker) not in ([], first) and children(worker))
+    time.sleep(8)  # Celery looks every 5 s
+    assert children(worker) == second
+    web.ended_well(*sids, timeout=40)
+    for status in map(web.status, sids):
+        assert status.started - status.created < 30 + 3  # recovery comes after 5
 
 
 @services
