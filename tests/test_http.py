@@ -50,7 +50,7 @@ from webapp import (
     validate,
 )
 
-from pyramid_async import JobFailed
+from pyramid_async import JobFailed, JobStopped
 from pyramid_async.documents import to_json
 from pyramid_async.scheduler import Caller, Scheduler
 from pyramid_async.testing import manual
@@ -965,6 +965,19 @@ class Refusing(Policy):
         raise self.error("secret of the policy", headers=forget(request))
 
 
+def test_refusal_leaves_the_exception_as_it_is():
+    refusal = HTTPUnauthorized("for the application's own pages")
+
+    class Same(Policy):
+        def authenticated_userid(self, request):
+            raise refusal
+
+    with browser(routes=lambda config: config.set_security_policy(Same()), policy=False) as web:
+        is_problem(web.get("/async/x", status=401))
+        assert refusal.content_type == "text/html"
+        assert not refusal.has_body
+
+
 @pytest.mark.parametrize(
     ("error", "name", "values"),
     [
@@ -1005,6 +1018,31 @@ def test_interrupt_of_a_job_that_a_view_raises_is_answered_and_nothing_committed
             assert web.get(f"/take/{url[-32:]}").text.startswith(text)
             web.get(url, status=200)
         assert number_of_jobs(web) == 2
+
+
+def ask_ourselves(name):
+    return Request.blank("/told").get_response(APPLICATIONS[name]).text
+
+
+def told_to_stop(request):
+    raise JobStopped("the process stops")
+
+
+APPLICATIONS = {}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_interrupt_of_the_job_that_asks_its_own_application_stays_one(name, monkeypatch):
+    def routes(config):
+        config.add_route("told", "/told")
+        config.add_view(told_to_stop, route_name="told")
+
+    with kind(name, routes=routes) as web, manual(web.app.registry) as jobs:
+        monkeypatch.setitem(APPLICATIONS, name, web.app)
+        monkeypatch.setattr(webapp, "JOBS", [ask_ourselves])
+        url = web.url(ask_ourselves, name)
+        assert [job.status for job in jobs.drain()] == ["accepted"]
+        assert not web.get(url).json["done"]
 
 
 def test_defect_behind_the_router_is_a_500_too(web, monkeypatch, caplog):

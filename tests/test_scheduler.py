@@ -1164,7 +1164,9 @@ class Folder(PersistentMapping):
         pass
 
 
-@pytest.mark.parametrize("f", [Folder().keys, Folder(), functools.partial(add, Folder())])
+@pytest.mark.parametrize(
+    "f", [Folder().keys, Folder(), functools.partial(add, Folder()), str.upper]
+)
 def test_refusal_of_a_method_does_not_tell_its_object(zodb, f):
     def schedule(request):
         with pytest.raises(NotSchedulable, match=r"^[\w.:]+ cannot be scheduled"):

@@ -64,6 +64,10 @@ def schedule_when_told_to_stop(name, scheduler):
     scheduler.schedule(show)
 
 
+def pass_gate(name):
+    GATES[name].pass_through()
+
+
 def thread_of_the_job():
     return threading.current_thread().name
 
@@ -578,6 +582,59 @@ def test_persistent_scheduler_that_a_job_uses_while_it_stops_stays_stopped(
     GATES[at].reach()
     end(persistent)
     executor_has_ended(wait_for)
+
+
+def test_persistent_scheduler_that_stops_is_started_anew_by_whoever_else_uses_it(
+    persistent, at, wait_for
+):
+    def stop():
+        with persistent.db.transaction() as connection:
+            connection.root()["scheduler"].stop(10)
+
+    persistent.scheduler.schedule(pass_gate, at)
+    transaction.commit()
+    GATES[at].reach()
+    first = persistent.scheduler._scheduler().executor
+    stopping = threading.Thread(target=stop)
+    stopping.start()
+    wait_for(lambda: first.stopped)
+    sid = persistent.scheduler.schedule(give, 1)
+    transaction.commit()
+    persistent.ends(sid, wait_for)
+    second = persistent.scheduler._scheduler().executor
+    GATES[at].opened.set()
+    stopping.join(10)
+    assert persistent.scheduler._scheduler().executor is second is not first
+
+
+def test_persistent_scheduler_whose_stop_fails_starts_again(persistent, monkeypatch, wait_for):
+    executor = persistent.scheduler._scheduler().executor
+    stop = executor.stop
+
+    def interrupted(timeout):
+        stop(timeout)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(executor, "stop", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        persistent.scheduler.stop()
+    sid = persistent.scheduler.schedule(give, 1)
+    transaction.commit()
+    persistent.ends(sid, wait_for)
+
+
+def test_stops_of_a_persistent_scheduler_leave_no_storages(persistent, wait_for):
+    def instances():
+        sid = persistent.scheduler.schedule(give, 1)
+        transaction.commit()
+        persistent.ends(sid, wait_for)
+        transaction.abort()
+        persistent.scheduler.stop()
+        gc.collect()
+        return len(persistent.db._mvcc_storage._instances)
+
+    first = max(instances() for _ in range(2))
+    assert max(instances() for _ in range(4)) <= first + 1
 
 
 def test_closed_database_leaves_nothing_of_its_schedulers(wait_for):
