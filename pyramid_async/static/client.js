@@ -142,8 +142,8 @@ class Watch {
   }
 
   /** Return the document and the seconds until the next look. */
-  async look(mayHold, paced) {
-    const seconds = mayHold && this.reserve() ? this.patience() : 0;
+  async look(wait, paced) {
+    const seconds = wait && this.reserve() ? this.patience() : 0;
     const begun = now();
     const { response, job } = await this.ask(seconds);
     if (response.headers.has("Preference-Applied")) {

@@ -420,6 +420,18 @@ test("the first look after a failure or a hidden time is not held", LIMIT, async
   assert.deepEqual(looks.map((look) => look.url.includes("wait=")), [false, true, false, false, true]);
 });
 
+test("a server that fails to hold alone is asked no more often for that", LIMIT, async () => {
+  const { page } = await visit();
+  const looks = [];
+  await page.route("**/async/pretended*", (route) => {
+    looks.push(performance.now());
+    if (route.request().url().includes("wait=")) return route.abort();
+    return told(route, { retryAfter: 3, done: looks.length > 3 });
+  });
+  await watched(page, "/async/pretended");
+  assert.ok(looks[3] - looks[2] > 2900, looks);
+});
+
 test("a page reloaded in mid-job goes on from the stored address", LIMIT, async () => {
   const { page } = await visit();
   await page.evaluate(() => {
