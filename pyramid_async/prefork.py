@@ -26,6 +26,10 @@ BEFORE_LIMIT = 1.0
 # An exception raised in their midst would leave them half-way.
 GUARDED = {"BTrees", "ZEO", "ZODB", "persistent", "pyramid_async", "relstorage", "transaction"}
 
+# At which of these a process of the pool ends depends on REMAP_SIGTERM in the environment, and on
+# who sends them: the worker alone, or a terminal or a supervisor to all its processes.
+ENDS = ("SIGHUP", "SIGQUIT", "SIGTERM")
+
 # Those functions of `attempt` that call the job's.
 CALLERS = {"call_function", "run_body"}
 
@@ -33,9 +37,9 @@ CALLERS = {"call_function", "run_body"}
 class Signals:
     """What Celery tells the process while a job runs in its main thread.
 
-    SIGUSR1: the soft time limit has passed, so the job fails.  SIGTERM: the process is to end,
-    so the job is given back.  Both would otherwise raise an exception wherever the program is,
-    in the midst of a commit for one.
+    SIGUSR1: the soft time limit has passed, so the job fails.  SIGTERM and its like: the process
+    is to end, so the job is given back.  They would otherwise raise an exception wherever the
+    program is, in the midst of a commit for one.
     """
 
     def __init__(self) -> None:
@@ -44,8 +48,8 @@ class Signals:
         self.hard: float | None = None
         self._sid: str | None = None
         self._worker: Any = None
-        self._default: Any = None  # the pool's handler of SIGTERM
-        self._ends = False  # SIGTERM came
+        self._default: Any = None  # the pool's handler of those
+        self._ends: int | None = None  # which of them came
         self._repeated: tuple[str, JobInterrupted] | None = None
         self._pid: int | None = None
 
@@ -69,21 +73,25 @@ class Signals:
             if limit is not None:
                 limit.cancel()
                 limit.join(BEFORE_LIMIT)  # it may just write that the job failed
-            if self._ends:
-                self._default(signal.SIGTERM, None)
+            if self._ends is not None:
+                self._default(self._ends, None)
 
     def _install(self) -> None:
         # Not earlier: the pool sets its own handlers after it told us that it starts.
         if self._pid != os.getpid():
             self._pid = os.getpid()
-            self._default = signal.signal(signal.SIGTERM, self._end)
+            for signum in (getattr(signal, name) for name in ENDS):
+                handler = signal.getsignal(signum)
+                if callable(handler):  # else the pool ignores it
+                    self._default = handler
+                    signal.signal(signum, self._end)
             signal.signal(signal.SIGUSR1, self._soft_limit)
 
     def _end(self, signum: int, frame: Any) -> None:
         if self._sid is None:
             self._default(signum, frame)
             return
-        self._ends = True
+        self._ends = signum
         self._strike(JobStopped(f"process {os.getpid()} is told to end"), signum, frame)
 
     def _soft_limit(self, signum: int, frame: Any) -> None:

@@ -1700,6 +1700,33 @@ def test_a_cold_shutdown_gives_running_jobs_back(pool, deploy):
 
 @services
 @slow
+@pytest.mark.parametrize(
+    ("remap", "how", "whom"),
+    [
+        ("SIGQUIT", signal.SIGTERM, "worker"),  # as some hosts demand
+        ("", signal.SIGQUIT, "group"),  # as a terminal or a supervisor sends it
+        ("", signal.SIGHUP, "group"),
+    ],
+)
+def test_whatever_signal_ends_a_pool_gives_running_jobs_back(remap, how, whom, deploy, monkeypatch):
+    monkeypatch.setenv("REMAP_SIGTERM", remap)
+    site = deploy()
+    web = site.web()
+    worker = site.worker()
+    sid = web.sell(directory=site.directory)
+    child = run_by(site.directory, sid)
+    if whom == "group":
+        os.kill(child, how)
+    worker.send_signal(how)
+    until(lambda: web.status(sid).status == "accepted")
+    (site.directory / "go").touch()
+    monkeypatch.delenv("REMAP_SIGTERM")
+    site.worker()
+    web.ended_well(sid)
+
+
+@services
+@slow
 @pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
 def test_a_worker_that_ends_leaves_to_others_what_waits_for_its_time(pool, deploy):
     site = deploy()
