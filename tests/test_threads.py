@@ -631,7 +631,8 @@ def test_locks_of_the_store_that_were_held_at_the_fork_do_not_hold_the_child():
         from pyramid_async.scheduler import TransactionalScheduler
 
         scheduler = TransactionalScheduler()
-        locks = [scheduler.store.lock, scheduler.changes._condition, scheduler.executor.recovery._lock]
+        recovery = scheduler.executor.recovery
+        locks = [scheduler.store.lock, scheduler.changes._condition, recovery._lock]
         for lock in locks:
             lock.acquire()
         child = os.fork()
