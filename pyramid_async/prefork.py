@@ -48,7 +48,8 @@ class Signals:
         self.hard: float | None = None
         self._sid: str | None = None
         self._worker: Any = None
-        self._default: Any = None  # the pool's handler of those
+        self._default: Any = None  # the pool's handler of those that it heeds
+        self._handled: list[str] = []  # their names
         self._ends: int | None = None  # which of them came
         self._repeated: tuple[str, JobInterrupted] | None = None
         self._pid: int | None = None
@@ -80,12 +81,15 @@ class Signals:
         # Not earlier: the pool sets its own handlers after it told us that it starts.
         if self._pid != os.getpid():
             self._pid = os.getpid()
-            for signum in (getattr(signal, name) for name in ENDS):
-                handler = signal.getsignal(signum)
-                if callable(handler):  # else the pool ignores it
-                    self._default = handler
-                    signal.signal(signum, self._end)
-            signal.signal(signal.SIGUSR1, self._soft_limit)
+            handlers = {name: signal.getsignal(getattr(signal, name)) for name in ENDS}
+            self._handled = [
+                name for name in ENDS if callable(handlers[name])
+            ]  # others are ignored
+            self._default = handlers[self._handled[0]]
+        # Each time: the last job may have set its own, as ``loop.add_signal_handler`` does.
+        for name in self._handled:
+            signal.signal(getattr(signal, name), self._end)
+        signal.signal(signal.SIGUSR1, self._soft_limit)
 
     def _end(self, signum: int, frame: Any) -> None:
         if self._sid is None:

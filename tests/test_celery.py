@@ -953,6 +953,16 @@ def test_a_process_that_is_told_to_end_between_two_jobs_ends_at_once(child, brok
         assert child.reached == [signal.SIGTERM]
 
 
+def ignore(number):
+    signal.signal(number, signal.SIG_IGN)
+
+
+def test_a_handler_that_a_job_has_set_does_not_outlive_it(child, broker):
+    with client(broker) as web:
+        answered(web, ignore, int(signal.SIGTERM))
+        assert answered(web, get_signal, int(signal.SIGTERM)).status == "accepted"
+
+
 def test_the_storage_is_not_interrupted(child, broker):
     with client(broker) as web:
         answered(web, get_signal_in_the_storage, int(signal.SIGUSR1))
