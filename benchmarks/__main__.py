@@ -20,6 +20,7 @@ MEASUREMENTS = (
     "recovery",
     "operating",
     "peers",
+    "crashes",
     "rates",
 )
 PACKAGES = ("transaction", "ZODB", "pyramid", "waitress")

@@ -76,7 +76,7 @@ tm.manager_hook = pyramid_tm.explicit_manager
 async.executor = celery
 async.celery.broker = {broker}
 async.celery.queue = {queue}
-[loggers]
+{settings}[loggers]
 keys = root
 [handlers]
 keys = console
@@ -95,6 +95,7 @@ class Slot(Persistent):
     """What one request and its job change; no two jobs share one, so nothing conflicts."""
 
     requested = done = ""
+    times = 0
 
 
 def main(quick: bool) -> None:
@@ -203,6 +204,7 @@ def start(request: Any) -> Response:
 def fulfil(slot: Slot, token: str) -> None:
     """What all jobs do: this library's have a transaction already."""
     slot.done = token
+    slot.times += 1
 
 
 def work(number: int, token: str) -> None:
@@ -239,6 +241,8 @@ def celery_task(prefix: str) -> Any:
     app.conf.update(
         task_default_queue=prefix + "-celery",
         task_ignore_result=True,
+        task_acks_late=True,
+        task_reject_on_worker_lost=True,
         broker_connection_retry_on_startup=True,
     )
     return app.task(name="peers.work")(work)
@@ -285,6 +289,12 @@ def rq_queue(prefix: str) -> Any:
     return Queue(prefix, connection=Redis.from_url(REDIS))
 
 
+def rq_enqueue(prefix: str) -> Callable[[int, str], Any]:
+    from rq import Retry
+
+    return partial(rq_queue(prefix).enqueue, work, retry=Retry(max=1000))
+
+
 def work_rq() -> None:
     # The other worker forks for each job: each would open the ZODB anew.
     from rq import SimpleWorker
@@ -311,7 +321,8 @@ def procrastinate_defer(database: str) -> Callable[[int, str], Any]:
 
 
 def work_procrastinate() -> None:
-    procrastinate_task("PsycopgConnector", os.environ[NAME])[0].run_worker(concurrency=1)
+    app = procrastinate_task("PsycopgConnector", os.environ[NAME])[0]
+    app.run_worker(concurrency=1, update_heartbeat_interval=1, stalled_worker_timeout=3)
 
 
 class Peer(NamedTuple):
@@ -326,19 +337,26 @@ class Peer(NamedTuple):
     def working(self, site: Site, name: str) -> Iterator[None]:
         """Workers that run."""
         with ExitStack() as stack:
+            stack.enter_context(self.prepared(site, name))
+            for command in self.commands(site, name):
+                stack.enter_context(program(site, *command))
+            yield
+
+    @contextmanager
+    def prepared(self, site: Site, name: str) -> Iterator[None]:
+        """What workers and feeders need and make at the services; it is removed again."""
+        with ExitStack() as stack:
             if name == "procrastinate":
                 stack.enter_context(procrastinate_database(site.name))
             stack.callback(remove_queues, name, site.name)
-            for _ in range(self.processes):
-                stack.enter_context(program(site, *self.command(site, name)))
             yield
 
-    def command(self, site: Site, name: str) -> list[str]:
-        if self.worker is not None:
-            return ["-m", "benchmarks.peers", name]
+    def commands(self, site: Site, name: str) -> list[list[str]]:
+        """The workers, as arguments of Python."""
         options = "worker -c2 --without-gossip --without-mingle -lWARNING --ini"
         ini = str(Path(site.directory, "ours.ini"))
-        return ["-m", "celery", "-A", "pyramid_async.celery", *options.split(), ini]
+        ours = ["-m", "celery", "-A", "pyramid_async.celery", *options.split(), ini]
+        return [["-m", "benchmarks.peers", name] if self.worker else ours] * self.processes
 
 
 PEERS = {
@@ -354,7 +372,7 @@ PEERS = {
         1,
     ),
     "rq": Peer(
-        after_commit_of(lambda name: partial(rq_queue(name).enqueue, work)),
+        after_commit_of(rq_enqueue),
         "rq",
         "Redis",
         work_rq,
@@ -424,15 +442,20 @@ STORAGES: dict[str, Storage] = {"ZEO": zeo, "RelStorage": relstorage}
 
 
 @contextmanager
-def surroundings(count: int, storage: Storage = zeo) -> Iterator[Site]:
-    """A storage with slots, and the files that name it."""
+def surroundings(count: int, storage: Storage = zeo, settings: str = "") -> Iterator[Site]:
+    """A storage with slots, and the files that name it, with more settings of ours."""
     with TemporaryDirectory() as directory, ExitStack() as stack:
         name = "peers" + uuid4().hex[:8]
         os.environ[NAME], os.environ[PLACE] = name, directory
         configuration = stack.enter_context(storage(directory, name))
         Path(directory, "zodb.conf").write_text(configuration)
         Path(directory, "ours.ini").write_text(
-            INI.format(directory=directory, broker=AMQP.replace("%", "%%"), queue=f"{name}-ours")
+            INI.format(
+                directory=directory,
+                broker=AMQP.replace("%", "%%"),
+                queue=f"{name}-ours",
+                settings=settings,
+            )
         )
         db = database(directory)
         stack.callback(db.close)
