@@ -63,9 +63,7 @@ def setup(config: Any) -> None:
     openapi.add_openapi(config)
 
     def register() -> None:
-        # Registered by the application already, in a test for one: it wins.
-        if config.registry.queryUtility(IScheduler) is None:
-            config.registry.registerUtility(make_scheduler(config.registry), IScheduler)
+        config.registry.registerUtility(make_scheduler(config.registry), IScheduler)
 
     introspectable = config.introspectable(
         "pyramid_async", "scheduler", "scheduler of asynchronous jobs", "scheduler"
