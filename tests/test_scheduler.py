@@ -2453,14 +2453,6 @@ def test_executor_that_is_set_too_late_stops_the_start():
         config.add_settings({"async.executor": "celery"})
 
 
-def test_scheduler_that_the_application_registered_wins():
-    own = object.__new__(Scheduler)
-    with Configurator(settings={}) as config:
-        config.registry.registerUtility(own, IScheduler)
-        config.include("pyramid_async")
-    assert config.registry.getUtility(IScheduler) is own
-
-
 def test_configuring_starts_nothing():
     before = threading.active_count()
     configured((), "pyramid_async")
