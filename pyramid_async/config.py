@@ -33,7 +33,7 @@ from .settings import BadSetting, read_settings
 from .threads import ThreadExecutor, exit_on_sigterm
 from .waiting import note_transaction
 from .worker import Worker
-from .zodb import OpenedBeforeFork, ZodbStore
+from .zodb import AFTER_FORK, OpenedBeforeFork, ZodbStore
 
 # What a job has become -> the event that tells it.
 EVENTS = {
@@ -172,11 +172,7 @@ def start(event: Any) -> None:
     if isinstance(scheduler.store, ZodbStore):
         if will_fork():
             # A request of a child could hang on a forked ZEO client before it meets our own check.
-            raise ConfigurationError(
-                "gunicorn --preload and uWSGI without lazy-apps open the ZODB and then fork,"
-                " where a forked FileStorage destroys data and a forked ZEO client hangs; make"
-                " the application after the fork: gunicorn without --preload, uWSGI with lazy-apps"
-            )
+            raise ConfigurationError(f"this server would open the ZODB and then fork: {AFTER_FORK}")
         scheduler.store.install()
         executor.start()
 

@@ -103,15 +103,19 @@ class Large(Persistent):
         self.data = data
 
 
+AFTER_FORK = (
+    "a forked FileStorage destroys data and a forked ZEO client hangs; make the application after"
+    " the fork (gunicorn without --preload, uWSGI with lazy-apps)"
+)
+
+
 class OpenedBeforeFork(AsyncError, RuntimeError):
     """The database was opened in a parent process (its pid, ours)."""
 
     def __str__(self) -> str:
         parent, pid = self.args
         return (
-            f"the ZODB was opened by process {parent} and is used by its child {pid}: a forked"
-            " FileStorage destroys data and a forked ZEO client hangs; make the application"
-            " after the fork (gunicorn without --preload, uWSGI with lazy-apps)"
+            f"the ZODB was opened by process {parent} and is used by its child {pid}: {AFTER_FORK}"
         )
 
 

@@ -51,7 +51,7 @@ from pyramid_async import (
 from pyramid_async.context import ObjectGone, PersistentContext
 from pyramid_async.jobs import FINAL, name_of
 from pyramid_async.process import TwoConnections
-from pyramid_async.scheduler import Scheduler, TransactionalScheduler
+from pyramid_async.scheduler import TransactionalScheduler
 from pyramid_async.transactional import transactional
 
 EXPLICIT = {"tm.manager_hook": "pyramid_tm.explicit_manager"}
