@@ -209,10 +209,10 @@ class Program:
 
     def kill_one(self) -> None:
         """Kill the program's first process or one of those that it has started."""
-        first = self.process.pid
-        found = subprocess.run(["pgrep", "-g", str(first)], capture_output=True, text=True)
+        group = str(self.process.pid)
+        found = subprocess.run(["pgrep", "-g", group], capture_output=True, text=True)
         with suppress(ProcessLookupError):
-            os.kill(random.choice([first, *map(int, found.stdout.split())]), signal.SIGKILL)
+            os.kill(int(random.choice(found.stdout.split())), signal.SIGKILL)
 
     def end(self) -> None:
         """End it, and what outlived its first processes."""
