@@ -44,7 +44,7 @@ async.max_attempts = 1000
 
 
 def main(quick: bool) -> None:
-    rounds = 4 if quick else 120
+    rounds = 4 if quick else 80
     print(
         f"{rounds} rounds of {BURST} requests; in every other one the process that serves them is"
     )
@@ -74,7 +74,7 @@ def torment(site: peers.Site, name: str, rounds: int) -> str:
             kill = random.choice(workers).kill_one if number % 2 else web.kill
             acknowledged |= burst(site, port, mine, alive, kill)
         settle(site, name, alive)
-    return audit(site, acknowledged)
+        return audit(site, acknowledged)
 
 
 Alive = Callable[[], bool]

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
@@ -546,7 +546,8 @@ def remove_queues(name: str, prefix: str) -> None:
     elif name == "rq":
         queue = rq_queue(prefix)
         for sid in queue.finished_job_registry.get_job_ids():
-            queue.finished_job_registry.remove(sid, delete_job=True)
+            with suppress(ValueError):  # it cannot remove all that was killed, which expires
+                queue.finished_job_registry.remove(sid, delete_job=True)
         queue.delete(delete_jobs=True)
     elif name in {OURS, "celery", "dramatiq"}:
         from kombu import Connection
