@@ -25,6 +25,8 @@ def main():
     port = parser.parse_args().port
     if sys.version_info < (3, 11):  # noqa: UP036
         sys.exit("The demo needs Python 3.11 or later.")
+    if "%" in str(HOME):
+        sys.exit(f"An ini file cannot name {HOME}: move the checkout to a path without %.")
     check_port(port)
     check_port(port + 1)  # another origin, for the page that calls from there
     if not installed():

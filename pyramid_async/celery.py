@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 import transaction
 from billiard.pool import EX_RECYCLE
 from celery import signals
+from kombu import Connection
 from pyramid.config import global_registries
 from pyramid.exceptions import ConfigurationError
 from pyramid.paster import get_app, get_appsettings, setup_logging
@@ -77,8 +78,20 @@ def make_executor(worker: Any, settings: dict[str, Any]) -> CeleryExecutor:
             "async.executor is celery and the database is one that only this process can open, so"
             " no worker will run its jobs: use ZEO or RelStorage, or async.executor = threads"
         )
+    check_broker(settings["celery.broker"])
     bells = (settings["celery.broker"], settings["celery.queue"], settings["max_pending"])
     return CeleryExecutor(worker, lambda: Bells(*bells), settings["shutdown_timeout"])
+
+
+def check_broker(url: str) -> None:
+    """Raise ConfigurationError for what kombu cannot use; the URL may hold a password."""
+    try:
+        Connection(url).get_transport_cls()
+    except Exception as error:  # KeyError, ValueError, and what a transport's import raises
+        raise ConfigurationError(
+            f"async.celery.broker is of no use: {error!r}; write amqp://user:password@host:5672//"
+            " or redis://host:6379/0"
+        ) from None
 
 
 @implementer(IExecutor)

@@ -169,12 +169,18 @@ def start(event: Any) -> None:
         scheduler.worker.keeps = False
     enlarge_pools(registry, executor.workers)
     exit_on_sigterm()
+    if uses_zodb(registry) and will_fork():
+        # A request of a child could hang on a forked ZEO client before it meets our own check.
+        raise ConfigurationError(f"this server would open the ZODB and then fork: {AFTER_FORK}")
     if isinstance(scheduler.store, ZodbStore):
-        if will_fork():
-            # A request of a child could hang on a forked ZEO client before it meets our own check.
-            raise ConfigurationError(f"this server would open the ZODB and then fork: {AFTER_FORK}")
         scheduler.store.install()
         executor.start()
+
+
+def uses_zodb(registry: Any) -> bool:
+    """Say whether the application has a ZODB, be it that the records are in RAM."""
+    store = registry.getUtility(IScheduler).store
+    return isinstance(store, ZodbStore) or bool(databases(registry))
 
 
 def outer_tween_factory(handler: Any, registry: Any) -> Any:
@@ -182,11 +188,11 @@ def outer_tween_factory(handler: Any, registry: Any) -> Any:
 
     For servers that `will_fork` does not know.  Also note whose the transaction is.
     """
-    store = registry.getUtility(IScheduler).store
+    opened_by = os.getpid() if uses_zodb(registry) else None
 
     def outer_tween(request: Any) -> Any:
-        if isinstance(store, ZodbStore) and store.pid != os.getpid():
-            raise OpenedBeforeFork(store.pid, os.getpid())
+        if opened_by not in (None, os.getpid()):
+            raise OpenedBeforeFork(opened_by, os.getpid())
         note_transaction(request)
         return handler(request)
 

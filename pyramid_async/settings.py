@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -68,6 +69,12 @@ def _choice(*names: str) -> Callable[[Any], str]:
         return str(value)
 
     return convert
+
+
+def _url(value: Any) -> str:
+    if not re.match(r"[a-z][a-z0-9+.-]*://", value):
+        raise ValueError
+    return str(value)
 
 
 SECONDS = "seconds, 0 or more"
@@ -182,7 +189,7 @@ SETTINGS = (
     ),
     Setting(
         "celery.broker",
-        str,
+        _url,
         "the URL of a broker",
         "amqp://guest:guest@127.0.0.1:5672//",
         "Where the messages for Celery workers go; RabbitMQ or Redis.",

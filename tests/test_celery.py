@@ -50,6 +50,7 @@ from pyramid_async.bells import AGAIN, BELL, Bells, Ring, connect
 from pyramid_async.celery import bell
 from pyramid_async.jobs import FRESH
 from pyramid_async.prefork import Signals, in_function
+from pyramid_async.settings import read_settings
 
 DEPLOYMENT = Path(__file__).parent / "deployment"
 ROOT = DEPLOYMENT.parent.parent
@@ -720,6 +721,14 @@ def test_a_process_that_exits_sends_what_waits():
 def test_records_in_ram_are_refused():
     settings = {"async.executor": "celery", "async.store": "ram"}
     with pytest.raises(ConfigurationError, match="records are in RAM"), browser(settings):
+        pass
+
+
+@pytest.mark.parametrize("url", ["rabbit://localhost", "redis://localhost:port/0"])
+def test_broker_that_kombu_does_not_know_stops_the_start(url):
+    settings = {"async.executor": "celery", "async.celery.broker": url}
+    refused = pytest.raises(ConfigurationError, match=r"async\.celery\.broker is of no use")
+    with refused, browser(settings, zodb="memory://"):
         pass
 
 
@@ -2087,9 +2096,12 @@ def process_of_a_job(address):
 
 @services
 @slow
-@pytest.mark.parametrize("storage", ["zeo", "file"])
-def test_a_database_opened_before_the_fork_is_refused(storage, deploy):
+@pytest.mark.parametrize(
+    ("storage", "records"), [("zeo", "auto"), ("file", "auto"), ("file", "ram")]
+)
+def test_a_database_opened_before_the_fork_is_refused(storage, records, deploy):
     site = deploy(storage, RABBITMQ if storage == "zeo" else None)
+    site.edit("alone.ini", {"async.workers": f"async.store = {records}\nasync.workers"})
     ini = "production.ini" if storage == "zeo" else "alone.ini"
     process, url = site.gunicorn(ini, "--preload")
     if process.poll() is None:
@@ -2116,9 +2128,14 @@ os.wait()
 
 @services
 @slow
-@pytest.mark.parametrize("storage", ["zeo", "file"])
-def test_a_view_that_schedules_nothing_uses_no_database_opened_before_the_fork(storage, deploy):
+@pytest.mark.parametrize(
+    ("storage", "records"), [("zeo", "auto"), ("file", "auto"), ("file", "ram")]
+)
+def test_a_view_that_schedules_nothing_uses_no_database_opened_before_the_fork(
+    storage, records, deploy
+):
     site = deploy(storage, None)
+    site.edit("alone.ini", {"async.workers": f"async.store = {records}\nasync.workers"})
     site.edit("production.ini", THREADS)
     name, port = "production.ini" if storage == "zeo" else "alone.ini", unused_port()
     site.start("-c", FORKS, name, str(port))
@@ -2194,3 +2211,13 @@ def test_the_guide_shows_the_files_that_are_tested(name):
         f"    {line}".rstrip() + "\n" for line in (DEPLOYMENT / name).read_text().splitlines()
     )
     assert indented in GUIDE.read_text()
+
+
+def test_the_guide_tells_the_times_of_the_code():
+    text = " ".join(GUIDE.read_text().split())
+    grace = module.CeleryExecutor.grace
+    look = read_settings({})["maintenance_interval"]
+    assert f"{grace:.0f} to {grace + look:.0f} s after their commit" in text
+    assert f"every {bells.PAUSE:.0f} s by each worker process" in text
+    assert f"every {bells.PASSED_OVER / 60:.0f} minutes" in text
+    assert module.RECORD_TIMEOUT == 2.0  # a ZEO client was seen to be late by half a second

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import urllib.request
+from configparser import ConfigParser
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
@@ -738,3 +739,21 @@ def test_largest_file_is_imported_in_bounded_memory(client, folder):
     dataset = page.click("Search the rows").request.path
     assert client.search(dataset, "199999")[-1][0] == "199999"
     assert "of 200 that match" in text_of(client.get(dataset, {"q": "word777"}))
+
+
+def test_servers_of_the_demo_see_a_client_that_leaves():
+    """By waitress's default they do not; see `pyramid_async.waiting`."""
+    ini = ConfigParser(interpolation=None)
+    ini.read(CHECKOUT / "development.ini", "utf-8")
+    assert ini["server:main"]["use"] == "egg:waitress#main"
+    assert ini["server:main"]["channel_request_lookahead"] == "1"
+    assert ini["server:port"]["use"] == "main"
+
+
+def test_checkout_that_no_ini_file_can_name_is_refused(tmp_path):
+    place = tmp_path / "50%" / "demo"
+    place.mkdir(parents=True)
+    shutil.copy(CHECKOUT / "demo" / "__main__.py", place)
+    run = subprocess.run([sys.executable, place], capture_output=True, text=True, timeout=20)
+    assert run.returncode == 1
+    assert "move the checkout to a path without %" in run.stderr

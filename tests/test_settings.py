@@ -34,7 +34,10 @@ ROWS = {
     "wait_max": ([("0", 0.0), ("60", 60.0)], SECONDS_OR_NONE),
     "wait_slots": ([("0", 0), ("10", 10)], WHOLE),
     "inline_limit": ([("0", 0), ("1048576", 1048576)], WHOLE),
-    "celery.broker": ([("redis://localhost", "redis://localhost")], []),
+    "celery.broker": (
+        [("redis://localhost", "redis://localhost")],
+        ["", "localhost", "amqp//localhost", "redis:/localhost", None],
+    ),
     "celery.queue": ([("slow", "slow")], ["", "amq.slow", "x" * 256, None]),
     "cors.origins": (
         [

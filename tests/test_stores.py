@@ -24,6 +24,7 @@ from transaction.interfaces import NoTransaction, TransactionFailedError, Transi
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import ConflictError
 
+from pyramid_async import process
 from pyramid_async.context import PersistentContext
 from pyramid_async.interfaces import (
     IJobStore,
@@ -45,7 +46,7 @@ from pyramid_async.jobs import (
 )
 from pyramid_async.process import Connections, manager_itself
 from pyramid_async.ram import RamStore
-from pyramid_async.zodb import HAUNTED, INLINE_PAYLOAD, ZodbStore
+from pyramid_async.zodb import HAUNTED, INLINE_PAYLOAD, JobRoot, ZodbStore
 
 NOW = 1_000_000.0
 SID = "0123456789abcdef0123456789abcdef"
@@ -1518,3 +1519,18 @@ def test_database_that_misses_the_place_says_what_to_do(database):
     finally:
         tm.abort()
         store.release(tm)
+
+
+def test_tree_of_a_key_is_the_same_in_every_process():
+    """``hash`` of a text is not, and two processes would run two jobs of one key."""
+    root = JobRoot()
+    trees = [[*map(id, root.keys)].index(id(root.key_tree(key))) for key in ("nightly", "é")]
+    assert trees == [90, 62]
+
+
+def test_ids_are_drawn_from_the_source_for_secrets(monkeypatch):
+    """Whoever holds the id of an anonymous job sees the job."""
+    drawn = bytes(range(256)) * 4
+    monkeypatch.setattr(process, "_drawn", {})
+    monkeypatch.setattr(process.secrets, "token_bytes", lambda count: drawn[:count])
+    assert process.new_id() == drawn[:16].hex()

@@ -18,6 +18,7 @@ import pytest
 import transaction
 from bare import ROOT, Process, memory, process, store_of, together
 from pyramid.config import Configurator
+from pyramid_zodbconn import get_connection
 from webapp import GATES, Barrier, gate, pool_warnings
 from zope.interface.verify import verifyObject
 
@@ -91,6 +92,11 @@ def thread_of_the_job():
 def fail_at_gate(name):
     GATES[name].pass_through()
     raise ZeroDivisionError
+
+
+def fail_with_other(name):
+    get_connection(current_job().request, "other").root()
+    fail_at_gate(name)
 
 
 def worker_threads():
@@ -799,6 +805,39 @@ def test_interpreter_that_exits_is_not_held_by_jobs(job, printed):
 
 
 @pytest.mark.slow
+def test_exit_does_not_wait_for_a_database_that_hangs():
+    """The commit of a job holds its storage's lock for good, so nothing can be given back."""
+    run = python(
+        """
+        import atexit, threading, time, transaction, ZODB
+        from ZODB.MappingStorage import MappingStorage
+        from pyramid_async.scheduler import PersistentTransactionalScheduler
+
+        class Stuck(MappingStorage):
+            def tpc_vote(self, transaction):
+                if threading.current_thread().name.startswith("pyramid_async-worker"):
+                    votes.set()
+                    never.wait(60)
+                super().tpc_vote(transaction)
+
+        votes, never = threading.Event(), threading.Event()
+        begun = []
+        atexit.register(lambda: print(time.monotonic() - begun[0]))
+        connection = ZODB.DB(Stuck()).open()
+        scheduler = connection.root()["scheduler"] = PersistentTransactionalScheduler()
+        transaction.commit()
+        scheduler._scheduler().executor.shutdown_timeout = 0.5
+        scheduler.schedule(time.time)
+        transaction.commit()
+        assert votes.wait(20)
+        begun.append(time.monotonic())
+        """
+    )
+    assert run.returncode == 0
+    assert 0.5 <= float(run.stdout) < 4  # one second more than its time-out, on a busy machine
+
+
+@pytest.mark.slow
 def test_the_exit_waits_for_all_schedulers_at_the_same_time():
     run = python(
         """
@@ -906,7 +945,10 @@ def record_failures_together(monkeypatch, number):
 
 def test_pool_of_connections_never_warns(caplog, monkeypatch):
     """All workers fail at the same time and are asked about meanwhile."""
-    settings = {"zodbconn.uri": f"memory://{uuid4().hex}?connection_pool_size=1"}
+    settings = {
+        name: f"memory://{uuid4().hex}?connection_pool_size=1"
+        for name in ("zodbconn.uri", "zodbconn.uri.other")
+    }
     with Configurator(settings={**settings, "async.workers": "4"}) as config:
         config.include("pyramid_zodbconn")
         config.include("pyramid_async")
@@ -917,7 +959,9 @@ def test_pool_of_connections_never_warns(caplog, monkeypatch):
     scheduler.worker.notify = lambda sid, status: status == "failed" and ended.release()
     for _ in range(3):
         with gate() as name:
-            sids = [scheduler.transact(lambda s: s.schedule(fail_at_gate, name)) for _ in range(4)]
+            sids = [
+                scheduler.transact(lambda s: s.schedule(fail_with_other, name)) for _ in range(4)
+            ]
             scheduler.transact(lambda s: s.jobs())
         for _ in sids:
             assert ended.acquire(timeout=20)
