@@ -194,8 +194,8 @@ def map_references(
     """
     try:
         return _Walk(f, types, copies)(value)
-    except RecursionError as error:
-        raise NotStorable(_kind(value), "it is nested too deeply") from error
+    except RecursionError:
+        raise NotStorable(_kind(value), "it is nested too deeply") from None
 
 
 _IMMUTABLE = (tuple, frozenset)
@@ -315,8 +315,8 @@ def _pickled(value: Any, connection: Any) -> tuple[bytes, list[Any]]:
         return _trial(value, connection)
     except TransientError:
         raise
-    except RecursionError as error:
-        raise NotStorable(_kind(value), "it is nested too deeply") from error
+    except RecursionError:
+        raise NotStorable(_kind(value), "it is nested too deeply") from None
     except Exception as error:
         culprit = _culprit(value, connection)
         raise NotStorable(_kind(culprit), f"{type(error).__name__}: {error}") from error

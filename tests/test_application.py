@@ -616,7 +616,8 @@ def run(script):
     """Run a script after SCRIPT in an interpreter of its own; return the lines it wrote."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT + script],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # Others' warnings (pkg_resources, a fork beside threads) are not this test's subject.
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
         timeout=50,

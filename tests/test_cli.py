@@ -439,7 +439,7 @@ def shell(command, **environ):
     program = "import sys; from pyramid_async.cli import main; sys.exit(main())"
     return subprocess.run(
         ["bash", "-c", command.replace("PASYNC", f"{sys.executable} -c '{program}'")],
-        env={"PYTHONPATH": ":".join(sys.path), **environ},
+        env={"PYTHONPATH": ":".join(sys.path), "PYTHONWARNINGS": "ignore", **environ},
         capture_output=True,
         text=True,
         timeout=50,
@@ -448,21 +448,21 @@ def shell(command, **environ):
 
 def test_reader_that_has_seen_enough_causes_no_traceback(ini, wait_for):
     run(ini, wait_for, (well,))
-    said = shell(f"PASYNC {ini} list --json --limit 1000 | true; exit ${{PIPESTATUS[0]}}")
+    said = shell(f"PASYNC '{ini}' list --json --limit 1000 | true; exit ${{PIPESTATUS[0]}}")
     assert (said.returncode, said.stderr) == (0, "")
 
 
 def test_letters_that_the_terminal_has_not_are_escaped(ini, wait_for):
     with serving(ini) as scheduler:
         put(scheduler, well, title="日本", run_after=3600)
-    said = shell(f"PASYNC {ini} list", PYTHONIOENCODING="latin-1")
+    said = shell(f"PASYNC '{ini}' list", PYTHONIOENCODING="latin-1")
     assert (said.returncode, said.stderr) == (0, "")
     assert r"\u65e5\u672c" in said.stdout
 
 
 def test_output_that_cannot_be_written_is_no_finding(ini, wait_for):
     run(ini, wait_for, (well,))
-    said = shell(f"PASYNC {ini} list >/dev/full")
+    said = shell(f"PASYNC '{ini}' list >/dev/full")
     assert said.returncode == 2
     assert "No space left on device" in said.stderr
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from uuid import uuid4
 
 import pytest
@@ -27,6 +28,7 @@ from webapp import (
     special,
     validate,
 )
+from webob.request import BaseRequest
 
 from pyramid_async.scheduler import Scheduler
 from pyramid_async.testing import manual
@@ -281,8 +283,20 @@ def test_parameters_that_do_not_fit_are_invalid(method, params):
         assert number_of_jobs(web) == 0
 
 
-def test_parameters_that_cannot_be_stored_are_invalid(web):
-    assert call(web, "echo", nested(600))["code"] == -32602
+def too_deep():
+    """Return what JSON can hold and a pickle cannot; how deep that is differs between Pythons."""
+    for depth in (600, 1_000, 5_500, 50_000):
+        try:
+            pickle.dumps(nested(depth))
+        except RecursionError:
+            return nested(depth)
+    raise AssertionError("this Python pickles anything")
+
+
+def test_parameters_that_cannot_be_stored_are_invalid(web, monkeypatch):
+    # A longer body goes to a file that WebOb does not close.
+    monkeypatch.setattr(BaseRequest, "request_body_tempfile_limit", 1_000_000)
+    assert call(web, "echo", too_deep())["code"] == -32602
     assert number_of_jobs(web) == 0
 
 
