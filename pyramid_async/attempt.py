@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import os
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial, wraps
 from pickle import PicklingError, UnpicklingError
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import transaction
 from transaction.interfaces import DoomedTransaction, TransientError
@@ -20,7 +23,7 @@ from ZODB.POSException import InvalidObjectReference
 from .current import Job, running
 from .failures import failure_of, members
 from .interfaces import AsyncError, JobDismissed, JobInterrupted, JobTaken, OperationFailed
-from .jobs import ACCEPTED, DISMISSED, SUCCESSFUL, FileResult, JobRecord
+from .jobs import ACCEPTED, DISMISSED, SUCCESSFUL, FileResult, JobRecord, name_of
 from .process import pending
 from .transactional import mark
 
@@ -302,6 +305,7 @@ DECISIVE = (JobInterrupted, TransientError, OperationFailed)
 
 def call_function(f: Any, args: Any, kw: Any) -> Any:
     """Call the function; of a group raise what decides about the job, if that is in it."""
+    process = os.getpid()
     try:
         value = f(*args, **kw)
         return run_body(f, value) if isinstance(value, LAZY) else value
@@ -311,6 +315,23 @@ def call_function(f: Any, args: Any, kw: Any) -> Any:
                 if isinstance(error, kind):
                     raise error from error.__cause__ or error.__context__ or group
         raise
+    finally:
+        if os.getpid() != process:
+            leave(f)
+
+
+def leave(f: Any) -> NoReturn:
+    """End a child that a function forked and let return or raise, as ``multiprocessing`` does.
+
+    It would go on as a second process of the same pool, on the same connections, and the job
+    would wait for its end for ever.
+    """
+    error = sys.exception()
+    if isinstance(error, SystemExit):
+        os._exit(error.code if isinstance(error.code, int) else error.code is not None)
+    with suppress(Exception):
+        log.critical("a child that %s forked did not end by os._exit", name_of(f), exc_info=True)
+    os._exit(1)
 
 
 # What a call returns whose body has not run yet.

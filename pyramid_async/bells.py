@@ -38,6 +38,13 @@ BROKER_TIMEOUT = 1.0
 # The same for a worker, which also asks for a sign of life as often.
 WORKER_TIMEOUT = 10.0
 
+# Seconds until a worker connects again to a broker that told it what is wrong (a queue has other
+# arguments, say).  Celery does so at once, and again for ever.
+REFUSED_PAUSE = 1.0
+
+# What RabbitMQ calls an operation that a quorum queue does not know.
+NOT_IMPLEMENTED = 540
+
 # Seconds after which the broker is asked whether it got what was sent.
 CONFIRM = 0.1
 
@@ -362,7 +369,21 @@ def take_bells_alone(consumer: Any) -> Any:
     def create_task_handler(self: Any, *args: Any, **kw: Any) -> Callable[[Any], None]:
         return bells_alone(consumer.create_task_handler(self, *args, **kw))
 
-    attributes = {"create_task_handler": create_task_handler, "__module__": consumer.__module__}
+    def on_connection_error_after_connected(self: Any, error: Exception) -> None:
+        consumer.on_connection_error_after_connected(self, error)
+        code = getattr(error, "reply_code", None)
+        if code == NOT_IMPLEMENTED:
+            # Of a virtual host whose queues are quorum queues, which know no common prefetching.
+            for each in self.app.amqp.queues.consume_from.values():
+                each.queue_arguments = {"x-queue-type": "quorum"}
+        if code:
+            time.sleep(REFUSED_PAUSE)
+
+    attributes = {
+        "create_task_handler": create_task_handler,
+        "on_connection_error_after_connected": on_connection_error_after_connected,
+        "__module__": consumer.__module__,
+    }
     return type(consumer.__name__, (consumer,), attributes)
 
 

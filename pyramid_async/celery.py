@@ -309,8 +309,9 @@ class Site:
         if listens_elsewhere(scheduler.settings):
             raise ConfigurationError(
                 "the application has another async.celery.broker or async.celery.queue than its"
-                " file, or than CELERY_BROKER_URL in the environment, which the worker listens to:"
-                " set them in the file; unset CELERY_BROKER_URL; name the application's section"
+                " file, or than CELERY_BROKER_READ_URL or CELERY_BROKER_URL in the environment,"
+                " which the worker listens to: set them in the file; unset those; name the"
+                " application's section"
                 " where it is not main (--ini FILE#section); or give the worker -b and -Q"
             )
         return scheduler.executor
@@ -348,7 +349,9 @@ site = Site()
 def listens_elsewhere(settings: dict[str, Any]) -> bool:
     """Say whether the worker hears no bells of the application; its options are believed."""
     queues = [*app.amqp.queues.consume_from]
-    return (not site.broker_given and app.conf.broker_url != settings["celery.broker"]) or (
+    broker = app.conf.broker_url if site.broker_given else settings["celery.broker"]
+    # Which is broker_url, unless CELERY_BROKER_READ_URL is in the environment.
+    return app.conf.broker_read_url != broker or (
         queues == [app.conf.task_default_queue] != [settings["celery.queue"]]
     )
 

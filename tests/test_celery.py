@@ -10,6 +10,7 @@ import asyncio
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -32,10 +33,11 @@ import pytest
 import redis
 import transaction
 import webapp
-from amqp.exceptions import AccessRefused
+from amqp.exceptions import AccessRefused, AMQPNotImplementedError, PreconditionFailed
 from bare import Clock
 from celery.bin.celery import celery as celery_command
 from crash.executors import BROKERS, remove_queue
+from kombu import Queue
 from kombu.serialization import registry
 from pyramid.exceptions import ConfigurationError
 from pyramid.paster import get_app
@@ -1616,6 +1618,64 @@ def test_a_worker_goes_on_when_the_broker_takes_back_what_waited_too_long(pool, 
         assert worker.poll() is None
 
 
+@contextmanager
+def virtual_host_of_quorum_queues():
+    """One of RabbitMQ's whose queues are quorum queues; gives the broker's URL."""
+    name = f"host-{uuid4().hex}"
+
+    def ctl(*command):
+        subprocess.run(["rabbitmqctl", "-q", *command], check=True, timeout=60)
+
+    ctl("add_vhost", name, "--default-queue-type", "quorum")
+    try:
+        ctl("set_permissions", "-p", name, "guest", ".*", ".*", ".*")
+        yield f"amqp://guest:guest@127.0.0.1:5672/{name}"
+    finally:
+        ctl("delete_vhost", name)
+
+
+@services
+@slow
+@pytest.mark.skipif(shutil.which("rabbitmqctl") is None, reason="needs rabbitmqctl")
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_queues_may_be_quorum_queues(pool, deploy):
+    with virtual_host_of_quorum_queues() as broker:
+        site = deploy("zeo", broker)
+        web = site.web()
+        site.worker("-P", pool, "-c", "2")
+        web.ended_well(*[web.sell() for _ in range(20)])
+
+
+class Consumer:
+    """What a consumer of Celery's knows of an error."""
+
+    def __init__(self):
+        self.told = []
+        self.queue = Queue("shop")
+        queues = SimpleNamespace(consume_from={"shop": self.queue})
+        self.app = SimpleNamespace(amqp=SimpleNamespace(queues=queues))
+
+    def on_connection_error_after_connected(self, error):
+        self.told.append(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "pauses", "arguments"),
+    [
+        (PreconditionFailed("inequivalent arg"), [1.0], None),
+        (AMQPNotImplementedError("global qos"), [1.0], {"x-queue-type": "quorum"}),
+        (ConnectionResetError(), [], None),
+    ],
+)
+def test_a_worker_does_not_assail_a_broker_that_refuses(error, pauses, arguments, monkeypatch):
+    slept = []
+    monkeypatch.setattr(bells, "time", SimpleNamespace(sleep=slept.append))
+    consumer = bells.take_bells_alone(Consumer)()
+    consumer.on_connection_error_after_connected(error)
+    assert (consumer.told, slept) == ([error], pauses)
+    assert consumer.queue.queue_arguments == arguments
+
+
 # -- services: limits and ends -------------------------------------------------------------
 
 
@@ -1934,16 +1994,18 @@ def test_a_worker_that_is_set_up_wrongly_ends_and_says_why(what, deploy):
 
 @services
 @slow
+@pytest.mark.parametrize("name", ["CELERY_BROKER_URL", "CELERY_BROKER_READ_URL"])
 def test_a_worker_that_the_environment_sends_to_another_broker_ends_and_says_why(
-    deploy, monkeypatch
+    name, deploy, monkeypatch
 ):
     site = deploy("ram")
     site.edit("production.ini", {"zconfig://%(here)s/zodb.conf": "memory://"})
-    monkeypatch.setenv("CELERY_BROKER_URL", REDIS)
+    monkeypatch.setenv(name, REDIS)
     worker = site.worker(wait=False)
     assert worker.wait(20) == 1
     assert "CELERY_BROKER_URL in the environment" in site.log(worker.log)
-    site.worker("-P", "solo", general=["-b", RABBITMQ])  # which it is told to its face
+    if name == "CELERY_BROKER_URL":
+        site.worker("-P", "solo", general=["-b", RABBITMQ])  # which it is told to its face
 
 
 @services

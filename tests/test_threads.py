@@ -1080,3 +1080,34 @@ def test_child_does_not_run_the_jobs_that_wait_in_its_parents_ram():
         timeout=30,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("child", "status", "logged"),
+    [
+        ("return 'the child'", 1, True),
+        ("os.execv('/no/such/program', ['x'])", 1, True),
+        ("sys.exit()", 0, False),
+        ("sys.exit(3)", 3, False),
+        ("sys.exit('oh')", 1, False),
+    ],
+)
+def test_child_that_a_job_forks_does_not_go_on_in_our_code(child, status, logged):
+    run = python(
+        f"""
+        import logging, os, sys
+        from pyramid_async.attempt import call_function
+
+        logging.basicConfig(stream=sys.stdout, format="%(message)s")
+
+        def fork():
+            child = os.fork()
+            if child == 0:
+                {child}
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+        print("the child's status:", call_function(fork, (), {{}}))
+        """
+    )
+    assert run.stdout.endswith(f"the child's status: {status}\n")
+    assert ("did not end by os._exit" in run.stdout) == logged
