@@ -172,6 +172,7 @@ class Attempt:
             raise
         finally:
             self._unwatch()
+            self.job.commit_checkpoint = too_late  # else both would wait for the collector
             self.surroundings.end()
 
     # -- steps
@@ -297,6 +298,10 @@ class Attempt:
         except Exception as error:
             self.unread = error
             raise
+
+
+def too_late(cursor: Any) -> None:
+    raise JobTaken("the attempt has ended: a thread that outlives it has nothing to commit")
 
 
 # What decides about a job also from within a group, as an ``asyncio.TaskGroup`` raises it.

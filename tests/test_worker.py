@@ -35,7 +35,7 @@ from pyramid_async import (
 )
 from pyramid_async.attempt import Attempt, Surroundings
 from pyramid_async.failures import TEXT_LIMIT, TRACEBACK_LIMIT, members
-from pyramid_async.interfaces import NotSchedulable
+from pyramid_async.interfaces import JobTaken, NotSchedulable
 from pyramid_async.jobs import ACCEPTED, RUNNING, Live
 from pyramid_async.recovery import Sign
 from pyramid_async.transactional import LONGEST_PAUSE
@@ -677,6 +677,29 @@ def test_what_an_attempt_held_is_let_go_before_the_next_one(one, key, pauses):
         assert one.result(one.run(hold_and_conflict, key, 3)) == ([False] * 3, None)
     finally:
         gc.enable()
+
+
+def remember_the_job(key):
+    CALLS[key].append(weakref.ref(current_job()))
+
+
+def test_what_a_job_held_is_let_go_at_its_end(one, key):
+    gc.disable()
+    try:
+        one.run(remember_the_job, key)
+        assert CALLS[key][0]() is None
+    finally:
+        gc.enable()
+
+
+def remember_the_checkpoint(key):
+    CALLS[key].append(current_job().checkpoint)
+
+
+def test_checkpoint_after_the_end_is_refused(one, key):
+    one.run(remember_the_checkpoint, key)
+    with pytest.raises(JobTaken, match="has ended"):
+        CALLS[key][0]("late")
 
 
 @pytest.mark.parametrize(
