@@ -49,8 +49,8 @@ class RamStore:
         self.lock = threading.Lock()
         self.votes_ended = threading.Condition(self.lock)
         self.waiting = 0  # transactions that wait for the end of another one's vote
-        self.promised = 0  # records added by transactions that have not ended
-        self.left: list[int] = []  # and of those that never will
+        self.promised = 0  # records added by transactions that have not ended, and
+        self.left: list[int] = []  # numbers to subtract, for those that have
         self.voted: set[Any] = set()  # sids and keys between tpc_vote and tpc_finish
 
     @property
@@ -145,10 +145,6 @@ class RamStore:
             if len(self.pending) + self.promised >= self.max_pending:
                 raise SchedulerFull(self.max_pending)
             self.promised += 1
-
-    def forget_promises(self, count: int) -> None:
-        with self.lock:
-            self.promised -= count
 
     def vote(self, serials: dict[str, int], keys: dict[str, tuple[Any, str]]) -> None:
         """Reserve records and keys for one transaction, or raise ConflictError.
@@ -275,10 +271,8 @@ class RamTable:
         self._seen: dict[str, str | None] = {}  # key -> sid as last read
 
     def __del__(self) -> None:
-        # Nobody ends the transaction of a thread that ended before.  No lock: the garbage
-        # collector may run while this very thread holds it.
-        if self._added:
-            self.store.left.append(len(self._added))
+        # Nobody ends the transaction of a thread that ended before.
+        self._forget_promises()
 
     @property
     def connection(self) -> Any:
@@ -425,7 +419,13 @@ class RamTable:
         self._records.pop(sid, None)
         if sid in self._added:
             self._added.discard(sid)
-            self.store.forget_promises(1)
+            self.store.left.append(1)
+
+    def _forget_promises(self) -> None:
+        # No lock: the garbage collector may run while this very thread holds it.
+        if self._added:
+            self.store.left.append(len(self._added))
+            self._added.clear()
 
     # -- the transaction's data manager
 
@@ -434,9 +434,8 @@ class RamTable:
         return f"~pyramid_async.ram:{id(self.store)}"
 
     def abort(self, txn: Any) -> None:
-        if self._added:
-            self.store.forget_promises(len(self._added))
-        for held in (self._records, self._changed, self._removed, self._added):
+        self._forget_promises()
+        for held in (self._records, self._changed, self._removed):
             held.clear()
         self._keys.clear()
         self._seen.clear()
