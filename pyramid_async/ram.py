@@ -146,19 +146,19 @@ class RamStore:
                 raise SchedulerFull(self.max_pending)
             self.promised += 1
 
-    def vote(self, serials: dict[str, int], keys: dict[str, tuple[Any, str]]) -> None:
+    def vote(self, changed: dict[str, JobRecord], keys: dict[str, tuple[Any, str]]) -> None:
         """Reserve records and keys for one transaction, or raise ConflictError.
 
         Waits for a transaction that has voted on one of them, as a storage would.
         """
-        wanted: set[Any] = set(serials)
+        wanted: set[Any] = set(changed)
         if keys:
             wanted.update(("key", key) for key in keys)
         with self.lock:
             if not self.voted.isdisjoint(wanted):
                 self._wait_for_votes(wanted)
-            for sid, serial in serials.items():
-                if sid in self.voted or self.serial(sid) != serial:
+            for sid, record in changed.items():
+                if sid in self.voted or self.serial(sid) != record._v_serial:
                     raise ConflictError(f"job {sid!r} was changed by another transaction")
             for key, (seen, _) in keys.items():
                 # What was seen may have ended meanwhile, and so have given its key back.
@@ -448,8 +448,7 @@ class RamTable:
         pass
 
     def tpc_vote(self, txn: Any) -> None:
-        serials = {sid: record._v_serial for sid, record in self._changed.items()}
-        self.store.vote(serials, self._keys)
+        self.store.vote(self._changed, self._keys)
         self._voted = True
 
     def tpc_finish(self, txn: Any) -> None:
