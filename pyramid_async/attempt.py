@@ -41,7 +41,7 @@ class Surroundings:
     connect: Any = None
 
     def __init__(self, tm: Any = None) -> None:
-        self.tm = transaction.manager if tm is None else tm
+        self.tm = transaction.manager.manager if tm is None else tm
 
     def begin(self) -> None:
         # Nested @transactional functions join.

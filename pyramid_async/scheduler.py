@@ -382,7 +382,7 @@ class Scheduler:
     # -- internal
 
     def _tm_in_use(self) -> Any:
-        return transaction.manager if self._tm is None else self._tm
+        return transaction.manager.manager if self._tm is None else self._tm
 
     def _table(self) -> Any:
         return self.store.table(self._tm_in_use(), self._caller.connect)
