@@ -13,7 +13,7 @@ from uuid import uuid4
 
 import click
 from celery import Celery
-from kombu import Producer
+from kombu import Connection, Producer
 from kombu.exceptions import ChannelError
 from kombu.utils.imports import symbol_by_name
 
@@ -314,6 +314,11 @@ class Bells:
                 connection.release()
             except Exception as error:
                 log.debug("the broker's connection did not close: %r", error)
+
+
+def transport(url: str) -> Any:
+    """Return kombu's class for such brokers; raise what kombu does, or an import, for none."""
+    return Connection(url).get_transport_cls()
 
 
 def connect(url: str) -> Any:

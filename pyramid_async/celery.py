@@ -28,7 +28,6 @@ from typing import Any, NoReturn
 import transaction
 from billiard.pool import EX_RECYCLE
 from celery import signals
-from kombu import Connection
 from pyramid.config import global_registries
 from pyramid.exceptions import ConfigurationError
 from pyramid.paster import get_app, get_appsettings, setup_logging
@@ -37,7 +36,7 @@ from zope.interface import implementer
 
 from .application import close_applications
 from .attempt import end_transaction
-from .bells import AGAIN, BELL, Bells, app, broker_given, listen, take_bells_alone
+from .bells import AGAIN, BELL, Bells, app, broker_given, listen, take_bells_alone, transport
 from .interfaces import IExecutor, IExecutorFactory, IScheduler
 from .jobs import FRESH
 from .prefork import Hints, Signals
@@ -86,7 +85,7 @@ def make_executor(worker: Any, settings: dict[str, Any]) -> CeleryExecutor:
 def check_broker(url: str) -> None:
     """Raise ConfigurationError for what kombu cannot use; the URL may hold a password."""
     try:
-        Connection(url).get_transport_cls()
+        transport(url)
     except Exception as error:  # KeyError, ValueError, and what a transport's import raises
         raise ConfigurationError(
             f"async.celery.broker is of no use: {error!r}; write amqp://user:password@host:5672//"
