@@ -20,8 +20,8 @@ import pickle
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import astuple, dataclass, field
-from operator import is_
+from dataclasses import dataclass, field
+from operator import attrgetter, is_
 from typing import Any
 
 import transaction
@@ -123,6 +123,10 @@ class Reference:
             obj._p_activate()
         except POSKeyError as error:
             raise ObjectGone(self.kind, self.oid, self.database) from error
+
+
+# Not `dataclasses.astuple`, which copies deeply: `schedule` calls it for each persistent argument.
+_facts = attrgetter("database", "oid", "kind")
 
 
 def refer(obj: Any, tm: Any = None, connection: Any = None) -> Reference:
@@ -293,7 +297,7 @@ def dumps(value: Any, connection: Any, tm: Any = None) -> tuple[bytes, list[Any]
     """
     body, objects = _pickled(value, connection)
     _give_oids(objects, tm, connection)
-    references = tuple(astuple(_reference(obj, connection.db())) for obj in objects)
+    references = tuple(_facts(_reference(obj, connection.db())) for obj in objects)
     data = pickle.dumps((references, body), PROTOCOL)
     return data, [obj for obj in objects if obj._p_jar is connection]
 
