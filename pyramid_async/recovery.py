@@ -146,12 +146,18 @@ class Recovery:
         """Do a step and return the seconds until its next turn."""
         begun = self.monotonic()
         if self._safely(step) and step == self.look:
-            # A tenth of the time at most, however many jobs there are to look through; but a dead
-            # process is not known by one look, and the next must not be far.
-            return max(every, min(9 * (self.monotonic() - begun), self.lease))
+            return self._pause(self.monotonic() - begun)
         # Never put off: who falls silent is taken for dead, and what failed may have waited
         # long for a database that is back by now.
         return every
+
+    def _pause(self, took: float) -> float:
+        """Return the seconds until the next look, after one of *took* seconds.
+
+        A tenth of the time at most, however many jobs there are to look through; but a dead
+        process is not known by one look, and the next must not be far.
+        """
+        return max(self.interval, min(9 * took, self.lease))
 
     def _safely(self, step: Any) -> bool:
         """Do a step; return False, and log it, when it failed."""
@@ -285,27 +291,33 @@ class Recovery:
 
     # -- hints: a process that is renewed every few jobs lives no lease, nor until a job is due
 
-    def _take_hints(self) -> None:
+    def _take_hints(self) -> bool:
+        """Say whether this process is to look: one of the pool does so for all."""
         hints = self.hints.read()
-        # A process that had no sign then may have had other jobs since.
-        if hints and self.monotonic() - hints["at"] <= self.lease:
-            self._observed = {**hints["observed"], **self._observed}
+        looker, age = hints.get("by"), self.monotonic() - hints.get("at", -math.inf)
+        if looker == self.store.process:
+            return True
+        if looker is not None and age < 2 * self._pause(hints["took"]):
+            return False
+        # A process that had no sign then may have had other jobs since; and what we saw ourselves
+        # was before.
+        self._observed = hints["observed"] if age <= self.lease else {}
+        return True
 
-    def _give_hints(self) -> None:
+    def _give_hints(self, took: float) -> None:
         for when, sid in self.hints.read().get("timers", ()):
             self.later(when, sid)  # ours from now on
-        self._write_hints([])
+        looker = {"by": self.store.process, "took": took, "at": self.monotonic()}
+        self.hints.write({**looker, "observed": self._observed})
 
     def hand_over(self) -> None:
-        """Let another process of the pool wake the jobs that wait for their time here."""
+        """Let another process of the pool wake the jobs that wait for their time here, and look."""
         if self.hints is not None:
-            others = self.hints.read().get("timers", [])
+            hints = self.hints.read()
+            if hints.get("by") == self.store.process:
+                hints["by"] = None  # whoever comes first
             with self._lock:
-                self._write_hints([*others, *self._timers])
-
-    def _write_hints(self, timers: list[Any]) -> None:
-        hints = {"at": self.monotonic(), "observed": self._observed, "timers": timers}
-        self.hints.write(hints)
+                self.hints.write({**hints, "timers": [*hints.get("timers", ()), *self._timers]})
 
     # -- lost jobs
 
@@ -314,8 +326,9 @@ class Recovery:
 
         Cost: reads every unfinished record and those that finished since the last move.
         """
-        if self.hints is not None:
-            self._take_hints()
+        begun = self.monotonic()
+        if self.hints is not None and not self._take_hints():
+            return
         self._holders.clear()
         self._unlisted_before, self._unlisted = self._unlisted, {}
         self._bad_before, self._bad = self._bad, set()
@@ -324,7 +337,7 @@ class Recovery:
         if self.store.durable:
             self._bury()
         if self.hints is not None:
-            self._give_hints()
+            self._give_hints(self.monotonic() - begun)
 
     def _archive(self, ended: dict[str, float]) -> None:
         """Put finished records away, many at once; *ended*: sid -> seconds since the job's end."""
