@@ -9,12 +9,13 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partial
+from io import StringIO
 from typing import Any
 
 from pyramid.config import Configurator, global_registries
-from pyramid.paster import get_app
+from pyramid.paster import get_app, setup_logging
 from zc.lockfile import LockError  # type: ignore[import-untyped]
 
 from . import manage
@@ -41,18 +42,15 @@ def main(argv: list[str] | None = None) -> int:
     with suppress(AttributeError):  # whoever replaced it may have another kind
         # A title may have letters that the terminal has not.
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    said = StringIO()  # its status counts, whoever reads it to its end
     try:
-        with application(args.ini) as scheduler:
+        with application(args.ini) as scheduler, redirect_stdout(said):
             status = int(args.command(scheduler, args))
-        sys.stdout.flush()
+        write(said.getvalue())
         return status
     except CannotRun as error:
         print(f"pasync: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        # The reader has seen enough.
-        discard_output()
-        return 0
     except Exception:
         # Python's own status would be 1, which says that something was found.
         traceback.print_exc()
@@ -60,10 +58,22 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+def write(text: str) -> None:
+    if sys.stdout is None:  # it was closed
+        return
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has seen enough.
+        discard_output()
+
+
 def discard_output() -> None:
     """Write what is still buffered; let it go nowhere, where that fails."""
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -180,6 +190,7 @@ def loaded(ini: str) -> Any:
     Without a request: a root factory may want a host, or a transaction to write in.
     """
     try:
+        setup_logging(ini)  # who did what is told at level INFO
         get_app(ini)
         return global_registries.last
     except LockError as error:
@@ -271,6 +282,13 @@ class TooLate(AsyncError):
         return f"job {self.args[0]!r} had ended before"
 
 
+class NotDone(AsyncError):
+    """Something else went wrong (sid, why)."""
+
+    def __str__(self) -> str:
+        return "job {!r}: {!r}".format(*self.args)
+
+
 def retry(scheduler: Any, args: argparse.Namespace) -> int:
     return for_each(args, lambda sid: f"retried as {manage.retry(scheduler, sid, WHO)}")
 
@@ -288,6 +306,10 @@ def for_each(args: argparse.Namespace, work: Callable[[str], str]) -> int:
             done[sid] = work(sid)
         except AsyncError as error:
             errors[sid] = error
+        except Exception as error:
+            # What was done before is done, and is told.
+            traceback.print_exc()
+            errors[sid] = NotDone(sid, error)
     if args.json:
         put_json({"done": done, "errors": {sid: str(error) for sid, error in errors.items()}})
         return bool(errors)
@@ -346,6 +368,6 @@ def process_json(process: manage.Process) -> dict[str, Any]:
 
 
 def put_json(value: Any) -> int:
-    json.dump(value, sys.stdout, indent=2)
-    print()
+    # A user's id may be of any kind.
+    print(json.dumps(value, indent=2, default=str))
     return 0

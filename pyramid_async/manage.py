@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 SCAN = 1000
 # Records that one transaction removes.
 BATCH = 200
+# Longest title that lists show, characters: an application may have made it of anything.
+TITLE = 240
 
 _CURSOR = re.compile("([0-9a-f]{0,64})(?:@([0-9]{1,15}(?:[.][0-9]{1,20})?))?")
 
@@ -62,7 +64,8 @@ class Report:
     def title(self) -> str:
         if self.job is None:
             return "An unreadable record"
-        return self.job.title or self.job.process_id or self.function.rpartition(":")[2]
+        title = self.job.title or self.job.process_id or self.function.rpartition(":")[2]
+        return title if len(title) <= TITLE else title[:TITLE] + "…"
 
     @property
     def owner(self) -> str | None:
@@ -227,7 +230,7 @@ class Search(NamedTuple):
 
     def young(self, inside: Inside, final: frozenset[str]) -> Iterator[tuple[float, str]]:
         """Yield what ended a moment ago and is among the unfinished jobs still."""
-        for sid, record in islice(inside.table.unfinished(), SCAN):
+        for sid, record in islice(inside.table.unfinished(), max(SCAN, self.scan)):
             if is_done(record) and record.status in final:
                 yield record.finished, sid
 
@@ -431,11 +434,22 @@ def ended_before(inside: Inside, before: tuple[float, str], statuses: frozenset[
 
 
 def remove_all(sids: list[str], inside: Inside) -> int:
-    records = [inside.table.get(sid) for sid in sids]
-    there = [record for record in records if record is not None and record.done]
+    there = [record for record in (ended_record(inside, sid) for sid in sids) if record is not None]
     for record in there:
         inside.table.forget(record)
     return len(there)
+
+
+def ended_record(inside: Inside, sid: str) -> JobRecord | None:
+    """Return the record of a finished job; one that cannot be read must not keep the others."""
+    try:
+        record: JobRecord | None = inside.table.get(sid)
+        return record if record is not None and record.done else None
+    except TransientError:
+        raise
+    except Exception:
+        log.exception("job %r is not removed: its record cannot be read", sid)
+        return None
 
 
 # -- check -----------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from ZODB.blob import BlobStorage
 from ZODB.DemoStorage import DemoStorage
 from ZODB.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
+from ZODB.POSException import POSKeyError
 from zope.interface import implementer
 
 from .conflicts import explain
@@ -284,6 +285,11 @@ class ZodbTable:
             record = self.root.finished[shard].get(sid)
         if not isinstance(record, JobRecord | None):
             raise BadRecord(sid, type(record).__name__)
+        if record is not None:
+            try:
+                record._p_activate()
+            except POSKeyError:
+                raise BadRecord(sid, "lost object") from None
         return record
 
     def drop(self, sid: str) -> None:
@@ -439,7 +445,7 @@ class ZodbTable:
             (unfinished & archived, "is among the unfinished records and the finished ones"),
             (archived - expiring, "is finished and will never expire"),
             (listed - expiring, "is listed and will never be taken off the list"),
-            ({sid for sid in archived - listed if self.get(sid)}, "is finished and not listed"),
+            ({sid for sid in archived - listed if self.is_seen(sid)}, "is finished and not listed"),
         ):
             yield from ((sid, sentence) for sid in sorted(sids))
         for tree in self.root.keys:
@@ -448,6 +454,13 @@ class ZodbTable:
                     yield sid, f"is gone or finished, and its key {key!r} is not"
         for _, sid in islice(self._overdue(), 1):
             yield sid, "expired long ago, and nobody removed it: does any process run jobs?"
+
+    def is_seen(self, sid: str) -> bool:
+        """Say whether a job has a record that is not hidden, be it one that cannot be read."""
+        try:
+            return self.get(sid) is not None
+        except BadRecord:
+            return True
 
     def _overdue(self) -> Any:
         # In running processes that takes two looks at most.

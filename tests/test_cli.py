@@ -511,3 +511,123 @@ def test_shell_works_beside_a_server_on_zeo(tmp_path, capsys, wait_for):
             assert pasync_with(ini, capsys, "check") == (0, "0 findings\n", "")
     finally:
         stop()
+
+
+# -- what one bad job, or a reader that leaves, must not hide ------------------------------
+
+
+def lose(directory, sid, tree):
+    """Leave a reference to a record that the storage has not, as a bad pack does."""
+    from pyramid_async.jobs import JobRecord
+
+    with opened(directory) as root:
+        bucket = getattr(root, tree)[root.shard(sid)]
+        record = JobRecord.__new__(JobRecord)
+        record._p_oid, record._p_jar = b"\0" * 6 + b"\xde\xad", bucket._p_jar
+        record._p_deactivate()
+        bucket[sid] = record
+
+
+def archive(ini):
+    with serving(ini) as scheduler:
+        scheduler.executor.stop(5)
+        sids = scheduler.transact(lambda bound: [job.sid for job in bound.jobs()])
+        scheduler.store.archive(sids)
+
+
+def test_lost_record_does_not_keep_the_other_jobs_from_the_command(ini, pasync, tmp_path):
+    first, lost, last = (waiting(ini) for _ in range(3))
+    lose(tmp_path, lost, "unfinished")
+    code, out, _ = pasync("cancel", first, lost, last, "--json")
+    found = json.loads(out)
+    assert (code, found["done"]) == (1, {first: "dismissed", last: "dismissed"})
+    assert "it is a lost object; remove() removes it" in found["errors"][lost]
+
+
+def test_lost_record_can_be_removed(ini, pasync, tmp_path):
+    lost = waiting(ini)
+    lose(tmp_path, lost, "unfinished")
+    with serving(ini) as scheduler:
+        scheduler.transact(lambda bound: bound.remove(lost))
+    assert pasync("check")[:2] == (0, "0 findings\n")
+
+
+def test_whatever_goes_wrong_with_one_job_the_others_are_told(ini, pasync, tmp_path):
+    first, bad, last = (waiting(ini) for _ in range(3))
+    with opened(tmp_path) as root:
+        root.unfinished[root.shard(bad)][bad].status = "of a later version"
+    code, out, _ = pasync("cancel", first, bad, last, "--json")
+    found = json.loads(out)
+    assert (code, found["done"]) == (1, {first: "dismissed", last: "dismissed"})
+    assert "KeyError" in found["errors"][bad]
+
+
+def test_lost_record_does_not_keep_the_other_jobs_from_the_purge(ini, pasync, tmp_path, wait_for):
+    sids = run(ini, wait_for, *[(well,)] * 3)
+    archive(ini)
+    lose(tmp_path, sids[0], "finished")
+    assert pasync("purge", "--older-than", "0")[:2] == (0, "2 removed\n")
+
+
+def test_check_tells_of_a_lost_record_that_no_list_has(ini, pasync, tmp_path):
+    waiting(ini)
+    lose(tmp_path, "00" * 16, "finished")
+    code, out, _ = pasync("check")
+    assert code == 1
+    assert f"{'00' * 16} cannot be read" in out
+
+
+def test_jobs_that_ended_just_before_the_server_are_listed(ini, pasync):
+    with serving(ini) as scheduler:
+        scheduler.executor.stop(5)
+        sids = scheduler.transact(
+            lambda bound: [bound.using(run_after=999).schedule(well) for _ in range(3000)]
+        )
+        scheduler.transact(lambda bound: [bound.cancel(sid) for sid in sids[:50]])
+    found = json.loads(pasync("list", "--status", "dismissed", "--json")[1])
+    assert {job["jobID"] for job in found["jobs"]} == set(sids[:50])
+
+
+def test_id_of_a_user_may_be_no_json(ini, pasync):
+    from uuid import UUID
+
+    from pyramid_async.scheduler import Caller
+
+    with serving(ini) as scheduler:
+        caller = Caller(owner=UUID(int=1))
+        scheduler.transact(lambda bound: bound.bind(bound._tm, caller).schedule(well))
+    [job] = json.loads(pasync("list", "--json")[1])["jobs"]
+    assert job["owner"] == str(UUID(int=1))
+
+
+LOGGING = """
+[loggers]
+keys = root
+[handlers]
+keys = file
+[formatters]
+keys =
+[logger_root]
+level = INFO
+handlers = file
+[handler_file]
+class = FileHandler
+args = ('{}',)
+"""
+
+
+def test_who_did_it_is_in_the_log(tmp_path, ini):
+    sid = waiting(ini)
+    log = tmp_path / "app.log"
+    write_ini(tmp_path, more=LOGGING.format(log))
+    assert shell(f"PASYNC '{ini}' cancel {sid}").returncode == 0
+    assert f"job '{sid}' was dismissed by operator 'pasync'" in log.read_text()
+
+
+@pytest.mark.parametrize("end", ["| true; exit ${PIPESTATUS[0]}", ">&-"])
+@pytest.mark.parametrize(("line", "code"), [("check", 1), ("cancel x --json", 1), ("list", 0)])
+def test_status_tells_what_was_found_whoever_reads_it(ini, tmp_path, end, line, code):
+    spoil(tmp_path, waiting(ini, run_after=1000))
+    said = shell(f"PASYNC '{ini}' {line} {end}")
+    assert (said.returncode, said.stdout) == (code, "")
+    assert "Traceback" not in said.stderr

@@ -856,6 +856,12 @@ def test_texts_of_jobs_are_no_markup(web):
         assert "&lt;script&gt;alert(1)&lt;/script&gt;&amp;&quot;&#x27;" in text
 
 
+def test_long_title_does_not_make_a_long_page(web):
+    put(web, echo, title="<" * 100_000, run_after=1000)
+    for path in ("/async/manage", "/async/manage?status=unfinished"):
+        assert len(web.get(path, headers=ADMIN).text) < 10_000
+
+
 def test_half_a_surrogate_pair_breaks_no_page(web):
     sid = ended(web, fail_publicly, "\ud800")
     assert "OperationFailed: ?" in web.get(f"/async/manage/{sid}", headers=ADMIN).text
