@@ -162,6 +162,12 @@ def close_applications() -> None:
     does, must call it.
     """
     instances = _this_process().instances
+    _close_all(instances)
+    # What was closed and made anew, because the close() of another one asked for it.
+    _close_all(instances)
+
+
+def _close_all(instances: dict[Declaration, Any]) -> None:
     # Without the lock: a process must be able to leave while some factory hangs.
     for declaration in reversed(list(instances)):
         try:

@@ -21,7 +21,9 @@ import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 from operator import attrgetter, is_
+from time import monotonic
 from typing import Any
 
 import transaction
@@ -38,6 +40,9 @@ from .transactional import transaction_of
 log = logging.getLogger(__name__)
 
 PROTOCOL = 4
+
+# Longest search for the part of a value that cannot be stored, seconds.
+SEARCH = 1.0
 
 
 class NotStorable(NotSchedulable):
@@ -240,10 +245,12 @@ class _Walk:
         keys, values = self._items([*value]), self._items([*value.values()])
         if all(map(is_, keys, value)) and all(map(is_, values, value.values())):
             return self._same(value)
-        new = copy.copy(value)
-        new.clear()
+        pairs = list(zip(keys, values, strict=True))
+        new = _emptied(value)
+        if new is None:
+            return type(value)(pairs)
         # Not `update`, which counts in a Counter.
-        for k, v in zip(keys, values, strict=True):
+        for k, v in pairs:
             new[k] = v
         return new
 
@@ -262,9 +269,20 @@ def _rebuilt(value: Any, items: list[Any]) -> Any:
         return tuple.__new__(type(value), items)  # named tuples take no iterable
     if isinstance(value, frozenset):
         return type(value)(items)
-    new = copy.copy(value)
-    new.clear()
+    new = _emptied(value)
+    if new is None:
+        return type(value)(items)
     (new.extend if isinstance(new, list) else new.update)(items)
+    return new
+
+
+def _emptied(value: Any) -> Any:
+    """Return an empty copy of a dict, list or set, or None where its class lets none be changed."""
+    new = copy.copy(value)
+    try:
+        new.clear()
+    except (AttributeError, TypeError):
+        return None
     return new
 
 
@@ -338,13 +356,21 @@ def _trial(value: Any, connection: Any) -> tuple[bytes, list[Any]]:
 def _culprit(value: Any, connection: Any) -> Any:
     """Return the innermost part of *value* that fails by itself, looking into containers."""
     seen = {id(value)}
+    # What many parts refer to is tried with each of them, and who is told of the fault waits.
+    end = monotonic() + SEARCH
     while True:
-        parts = [part for part in _parts(value) if id(part) not in seen]
-        faulty = [part for part in parts if not _is_storable(part, connection)]
-        if not faulty:
+        parts = (part for part in _parts(value) if id(part) not in seen)
+        faulty = _first(parts, lambda part: not _is_storable(part, connection), end)
+        if faulty is None:
             return value
-        value = faulty[0]
+        value = faulty
         seen.add(id(value))
+
+
+def _first(parts: Iterable[Any], test: Callable[[Any], bool], end: float) -> Any:
+    """Return the first part that passes the test, or None where none does until the *end*."""
+    timely = takewhile(lambda part: monotonic() < end, parts)
+    return next(filter(test, timely), None)
 
 
 def _parts(value: Any) -> Iterable[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -59,11 +60,12 @@ class Job:
         """
         self.check()
         percent = self.percent
-        if total:
+        share = float(100 * done / total) if total else math.nan  # numbers may be Decimals
+        if not math.isnan(share):
             # 100 is for successful jobs, and progress never falls.
-            percent = max(percent or 0, min(99, max(0, int(100 * done / total))))
+            percent = max(percent or 0, int(min(99.0, max(0.0, share))))
             elapsed = self.clock() - self.started
-            self.remaining = max(0.0, elapsed * (total - done) / done) if done > 0 else None
+            self.remaining = max(0.0, elapsed * (100 / share - 1)) if share > 0 else None
         text = self.message if message is None else str(message)[:MESSAGE_LIMIT]
         if (percent, text) != (self.percent, self.message):
             self.percent, self.message = percent, text

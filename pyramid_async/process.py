@@ -184,7 +184,7 @@ class Connections:
                 self._watched.add(ours)
                 finalize(ours, self._left.append, ours._normal_storage).atexit = False
         if type(tm) is not OwnManager:
-            self._check_at_commit(tm)
+            refuse_two_connections(tm.get())
         return ours
 
     def _release_left(self) -> None:
@@ -192,25 +192,28 @@ class Connections:
             with suppress(Exception):  # its database was closed, or another thread was quicker
                 self._left.popleft().release()
 
-    def _check_at_commit(self, tm: Any) -> None:
-        """Have it found out that the caller opens another connection after us and writes to it."""
-        txn = tm.get()
-        try:
-            txn.data(self)
-        except KeyError:
-            txn.set_data(self, True)
-            # Twice, so that it comes after what other hooks write.
-            txn.addBeforeCommitHook(txn.addBeforeCommitHook, (self._check, (txn,)))
-
-    def _check(self, txn: Any) -> None:
-        if sum(isinstance(r, Connection) and r.db() is self.db for r in txn._resources) > 1:
-            raise TwoConnections(self.db.database_name)
-
     def release(self, tm: Any) -> None:
         """Close the connection that we opened for a manager, if any; its transaction has ended."""
         ours = vars(manager_itself(tm)).pop(self._name, None)
         if ours is not None and ours.opened is not None:
             ours.close()
+
+
+def refuse_two_connections(txn: Any) -> None:
+    """Let the commit fail, and not hang, where two connections to one database have changes."""
+    try:
+        txn.data(_check)
+    except KeyError:
+        txn.set_data(_check, True)
+        # Twice, so that it comes after what other hooks write.
+        txn.addBeforeCommitHook(txn.addBeforeCommitHook, (_check, (txn,)))
+
+
+def _check(txn: Any) -> None:
+    databases = [r.db() for r in txn._resources if isinstance(r, Connection)]
+    for db in databases:
+        if databases.count(db) > 1:
+            raise TwoConnections(db.database_name)
 
 
 class TwoConnections(AsyncError, RuntimeError):
@@ -220,7 +223,8 @@ class TwoConnections(AsyncError, RuntimeError):
         return (
             f"two connections to the database {self.args[0]!r} take part in one transaction and"
             " would wait for each other for ever: open yours before you use the scheduler, or use"
-            " request.scheduler, which has the connection of its request"
+            " request.scheduler, which has the connection of its request; a job uses that of"
+            " current_job().request, or a transaction manager of its own"
         )
 
 

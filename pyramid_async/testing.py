@@ -135,8 +135,12 @@ class ManualExecutor:
         _replace(self._undo, self._scheduler, executor=self)
         _replace(self._undo, self.worker, surroundings=self._apart, later=self.later, keeps=True)
         _replace(self._undo, self.store, clock=self.clock)
-        # Without room its threads take nothing, nor does its recovery.
-        _replace(self._undo, self.previous, room=lambda: 0)
+        # Without room its threads take nothing, nor does its recovery; and a scheduler that was
+        # bound before, as `using` makes one, wakes it and not us.
+        _replace(self._undo, self.previous, room=lambda: 0, wake=self._wake)
+
+    def _wake(self, committed: bool, sid: str, queue: str | None = None) -> None:
+        self.wake(committed, sid, queue)  # as it is then: faults, or another one in our place
 
     def restore(self) -> None:
         """Give the scheduler its executor back; jobs that wait here are recovery's to find."""

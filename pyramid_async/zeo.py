@@ -5,6 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 
+def unwrapped(storage: Any) -> Any:
+    """Return what a storage that transforms records (zc.zlibstorage and its like) wraps.
+
+    Such a one has its ``base`` in itself, and passes on what it has not; a DemoStorage, whose
+    changes are its own, has a ``changes`` too.
+    """
+    while "base" in vars(storage) and "changes" not in vars(storage):
+        storage = storage.base
+    return storage
+
+
 def forget_oids_on_reconnect(storage: Any) -> None:
     """Make a ZEO client drop the oids that it fetched ahead whenever it connects anew.
 
@@ -13,6 +24,7 @@ def forget_oids_on_reconnect(storage: Any) -> None:
     though their commits succeed (ZEO 6.2, ZODB 6.4; the crash test shows it).  Does nothing
     to other storages.
     """
+    storage = unwrapped(storage)
     oids = getattr(storage, "_oids", None)
     connected = getattr(storage, "notify_connected", None)
     if oids is None or connected is None:

@@ -29,9 +29,9 @@ from .conflicts import explain
 from .context import dumps, loads
 from .interfaces import AsyncError, BadRecord, IJobStore, IJobTable, NotSchedulable
 from .jobs import DISMISSED, FAILED, SUCCESSFUL, JobRecord, name_of
-from .process import Connections, Identity
+from .process import Connections, Identity, pending, refuse_two_connections
 from .transactional import OwnManager, TransactionManager, transact
-from .zeo import forget_oids_on_reconnect
+from .zeo import forget_oids_on_reconnect, unwrapped
 
 ROOT_KEY = "pyramid_async"
 SHARDS = 256
@@ -152,6 +152,9 @@ class ZodbStore:
         if self.pid != os.getpid():
             raise OpenedBeforeFork(self.pid, os.getpid())
         connection = connect() if connect else self.connections.open(tm)
+        txn = pending(tm)
+        if txn is not None:
+            refuse_two_connections(txn)
         return ZodbTable(connection, self.locate(connection), tm, self.clock)
 
     def release(self, tm: Any) -> None:
@@ -216,9 +219,10 @@ class ZodbStore:
 
 
 def innermost(storage: Any) -> Any:
-    """Return the storage that a BlobStorage wraps, which has no public name for it."""
+    """Return the storage that others wrap; in a BlobStorage it has no public name."""
+    storage = unwrapped(storage)
     while isinstance(storage, BlobStorage):
-        storage = storage._BlobStorage__storage
+        storage = unwrapped(storage._BlobStorage__storage)
     return storage
 
 

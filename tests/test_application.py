@@ -297,6 +297,18 @@ def test_all_that_a_process_made_is_closed_the_last_made_first(caplog):
     assert len(closed) == 3
 
 
+def test_application_that_another_one_asks_for_when_it_is_closed_is_closed_once_more(made):
+    class Asking:
+        def close(self):
+            get_application(registry, "shop").close_log = True
+
+    registry = registry_with(asking=lambda r: Asking(), shop=made)
+    get_application(registry, "asking")
+    get_application(registry, "shop")  # later, and so closed before
+    close_applications()
+    assert [shop.closed for shop in made] == [1, 1]
+
+
 def test_process_may_close_while_a_factory_hangs(made, wait_for):
     begun, may_end = threading.Event(), threading.Event()
 

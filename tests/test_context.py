@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import time
 import traceback
 from collections import Counter, OrderedDict, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -587,6 +588,62 @@ def test_what_cannot_be_pickled_is_refused_by_name(wrap, bad, conn):
     assert info.value.args[0] == f"{type(bad).__module__}.{type(bad).__qualname__}"
     assert info.value.__cause__ is not None
     assert isinstance(info.value, NotSchedulable)
+
+
+class Knot:
+    """Refers to all the others, as the nodes of a tree do through their parent."""
+
+    def __init__(self, knots):
+        self.knots = knots
+
+
+def test_culprit_among_many_that_refer_to_one_another_is_told_soon(conn):
+    knots = []
+    knots += [Knot(knots) for _ in range(3000)]
+    knots[-1].lock = threading.Lock()
+    begun = time.monotonic()
+    with pytest.raises(NotStorable, match="Knot cannot be stored"):
+        dumps(knots, conn)
+    assert time.monotonic() - begun < 2
+
+
+def test_search_for_the_culprit_ends(conn, monkeypatch):
+    """What the innocent parts share would be tried with each of them."""
+    monkeypatch.setattr("pyramid_async.context.SEARCH", 0.1)
+    shared = {number: str(number) for number in range(20_000)}
+    rows = [*({"row": row, "shared": shared} for row in range(1000)), threading.Lock()]
+    begun = time.monotonic()
+    with pytest.raises(NotStorable, match="list cannot be stored: TypeError: cannot pickle"):
+        dumps(rows, conn)
+    assert time.monotonic() - begun < 2
+
+
+class FrozenDict(dict):
+    """As frozendict, SQLAlchemy's immutabledict and werkzeug's immutable classes are."""
+
+    def __reduce_ex__(self, protocol):
+        return type(self), (dict(self),)
+
+    def clear(self):
+        raise TypeError("this is immutable")
+
+
+class FrozenList(list):
+    def __reduce_ex__(self, protocol):
+        return type(self), (list(self),)
+
+    def clear(self):
+        raise TypeError("this is immutable")
+
+
+@pytest.mark.parametrize("value", [FrozenDict(a=[1]), FrozenList([[1]])])
+def test_containers_that_cannot_be_changed_are_copied_with_what_is_in_them(value):
+    mapped = map_references(value, None, copies=True)
+    assert (mapped, type(mapped)) == (value, type(value))
+    inner = value["a"] if isinstance(value, dict) else value[0]
+    assert all(
+        each is not inner for each in (mapped.values() if isinstance(mapped, dict) else mapped)
+    )
 
 
 def test_culprit_in_a_cyclic_container_is_found(conn):

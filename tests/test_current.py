@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import math
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 
 import pytest
 from bare import Clock, together
@@ -149,6 +151,16 @@ def test_message_alone_leaves_the_percentage(job):
     assert (job.percent, job.message) == (50, "thinking")
     job.progress(6, 10)
     assert (job.percent, job.message) == (60, "thinking")
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "percent"),
+    [(Decimal(29), Decimal(100), 29), (math.nan, 3, None), (1, math.nan, None), (5, math.inf, 0)],
+)
+def test_odd_numbers_fail_no_job(job, done, total, percent):
+    job.progress(done, total, "odd")
+    assert (job.percent, job.message) == (percent, "odd")
+    assert job.remaining is None or isinstance(job.remaining, float)
 
 
 def test_long_message_is_cut_and_anything_becomes_a_text(job):

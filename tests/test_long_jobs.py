@@ -14,6 +14,7 @@ from BTrees.OOBTree import OOBTree
 from ZEO.Exceptions import ClientDisconnected
 from ZODB import DB
 from ZODB.MappingStorage import MappingStorage
+from zope.interface import directlyProvides, providedBy
 
 from pyramid_async import current_job
 from pyramid_async.scheduler import Scheduler, executor_for
@@ -162,13 +163,35 @@ def test_a_job_survives_a_restart_of_its_zeo_server(on_zeo, zeo, wait_for, job):
     assert log.get("before", 1) == log.get("first", 1) == 1
 
 
+class Transforming:
+    """A storage that transforms the records of another one, as zc.zlibstorage does."""
+
+    def __init__(self, base):
+        self.base = base
+        directlyProvides(self, providedBy(base))
+        base.registerDB(self)
+
+    def registerDB(self, db):
+        self.invalidate, self.invalidateCache = db.invalidate, db.invalidateCache
+        self.references = db.references
+
+    def transform_record_data(self, data):
+        return data
+
+    untransform_record_data = transform_record_data
+
+    def __getattr__(self, name):
+        return getattr(self.base, name)
+
+
+@pytest.mark.parametrize("wrap", [lambda storage: storage, Transforming])
 @pytest.mark.parametrize("own", ["on ZEO", "beside it"])
-def test_oids_fetched_before_a_restart_are_used_in_no_database(zeo, wait_for, own):
+def test_oids_fetched_before_a_restart_are_used_in_no_database(zeo, wait_for, own, wrap):
     """The server hands them out again, in those that are named beside the store's own too."""
     import ZEO
 
     client, databases = ZEO.client(zeo.address, wait_timeout=10), {}
-    DB(client, databases=databases, database_name="on ZEO")
+    DB(wrap(client), databases=databases, database_name="on ZEO")
     DB(MappingStorage(), databases=databases, database_name="beside it")
     ZodbStore(databases[own])
     client.new_oid()

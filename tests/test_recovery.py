@@ -11,6 +11,7 @@ from collections import defaultdict
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from uuid import uuid4
 
 import pytest
@@ -515,6 +516,12 @@ def test_job_of_a_process_that_is_gone_is_rescued_at_once_where_one_process_owns
         one.recovery.look()
         one.wait(sid)
         assert CALLS[key] == [2]
+
+
+def test_storage_of_one_process_is_one_in_a_storage_that_transforms_its_records_too(db):
+    """As zc.zlibstorage does; a job would wait for a lease after each crash."""
+    transforming = SimpleNamespace(base=db.storage)
+    assert ZodbStore(SimpleNamespace(storage=transforming, databases={"": db})).exclusive
 
 
 def test_job_of_another_store_of_this_very_process_is_not_rescued(db, key, at):

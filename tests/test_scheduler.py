@@ -2305,6 +2305,41 @@ def test_a_second_connection_is_told_from_one_that_takes_part_at_the_end_alone(w
     assert web.ask(lambda scheduler: scheduler.completed(sid))
 
 
+def write_beside(request, key):
+    """Write as a script does, through a connection that joins the request's transaction."""
+    second = get_connection(request).db().open(request.tm)
+    request.add_finished_callback(lambda request: second.close())
+    second.root()["beside"] = key
+
+
+def write_beside_the_record(key):
+    job = current_job()
+    write_beside(job.request, key)
+    if job.cursor is None and key == "checkpoint":
+        job.checkpoint(1)
+
+
+@pytest.mark.parametrize("key", ["end", "checkpoint"])
+@everywhere("ZODB, default, once", "two ZODBs, explicit, retry")
+def test_job_that_writes_through_a_second_connection_fails_and_blocks_nobody(web, key):
+    """It would hang in its commit, which writes the record too, and with it all that write."""
+    assert isinstance(web.fails(write_beside_the_record, key), TwoConnections)
+    assert web.read(lambda root: "beside" not in root)
+    assert web.run(add, 1, 2) == 3
+
+
+@everywhere("ZODB, default, once", "two ZODBs, explicit, retry")
+def test_view_that_writes_through_a_second_connection_and_schedules_fails(web, key):
+    def view(request):
+        write_beside(request, key)
+        return request.scheduler.schedule(note, key)
+
+    with pytest.raises(TwoConnections):
+        web.do(view)
+    assert web.read(lambda root: "beside" not in root)
+    assert web.run(add, 1, 2) == 3
+
+
 @with_zodb
 def test_a_second_connection_that_reads_harms_nothing(web, key):
     tm = transaction.TransactionManager(explicit=True)

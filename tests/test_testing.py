@@ -486,6 +486,20 @@ def test_everything_is_as_it_was_after_the_block(registry, scheduler):
     assert parts() == before
 
 
+def test_scheduler_that_was_bound_before_is_in_the_test_s_hands_too(app, registry, scheduler):
+    """A module may keep what `using` made; ``faults`` see its steps too."""
+    bound = scheduler.using(title="kept")
+    with manual(registry) as outer, inline(registry) as jobs, faults(registry) as plan:
+        plan.double_wakeups()
+        sid = bound.schedule(abs, 1)
+        transaction.commit()
+        transaction.begin()
+        assert bound.status(sid).status == "successful"
+        assert [job.sid for job in jobs.scheduled] == [sid]
+        assert outer.scheduled == []
+    transaction.abort()
+
+
 def test_executor_stays_until_it_is_restored(app, registry, wait_for):
     jobs = manual(registry)
     post(app, "deposit", 5)
