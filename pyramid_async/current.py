@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from .interfaces import JobInterrupted, JobTimeout
 from .jobs import Failure, Live
-from .process import Latch, new_id, renew_in_children
+from .process import new_id, renew_in_children
 
 T = TypeVar("T")
 
@@ -179,7 +179,7 @@ class Changes:
         renew_in_children(self)
 
     def renew(self) -> None:
-        self._condition = threading.Condition(Latch())  # type: ignore[arg-type]
+        self._condition = threading.Condition(threading.Lock())
 
     def tell(self) -> None:
         with self._condition:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import secrets
-import threading
-import time
 from collections import deque
 from contextlib import suppress
 from typing import Any
@@ -21,10 +19,6 @@ from .transactional import OwnManager
 # Pid -> ids that were drawn and not used.  Not emptied by a hook of `os.fork`: a server that
 # forks in C (uWSGI) calls none.
 _drawn: dict[int, list[str]] = {}
-
-
-# Seconds: long enough for the owner of a latch to be let run.
-MOMENT = 0.00005
 
 
 class Exit:
@@ -66,31 +60,6 @@ def _renew_all() -> None:
 
 if hasattr(os, "register_at_fork"):  # not where there is no fork
     os.register_at_fork(after_in_child=_renew_all)
-
-
-class Latch:
-    """A lock for a few lines of Python, which nobody owns while he waits for the interpreter.
-
-    A lock of `threading` goes to a thread that has yet to be let run.  Who runs meanwhile finds
-    it taken, waits, and owns it in the same way: all go on in single steps for a long time.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.release = self._lock.release
-
-    def acquire(self, blocking: bool = True) -> bool:
-        while not self._lock.acquire(False):
-            if not blocking:
-                return False
-            time.sleep(MOMENT)
-        return True
-
-    def __enter__(self) -> None:
-        self.acquire()
-
-    def __exit__(self, *exc: object) -> None:
-        self.release()
 
 
 class Identity:

@@ -17,7 +17,7 @@ from .conflicts import explain
 from .context import PersistentContext, map_references, refer, resolve_references
 from .interfaces import IJobStore, IJobTable, NotSchedulable, SchedulerFull
 from .jobs import FileResult, JobRecord, name_of
-from .process import Connections, Identity, Latch, renew_in_children
+from .process import Connections, Identity, renew_in_children
 
 # Longest wait for another transaction between its vote and its finish, seconds.
 VOTE_TIMEOUT = 10.0
@@ -46,8 +46,8 @@ class RamStore:
 
     def renew(self) -> None:
         """Forget what transactions are at; a child has none of its parent's."""
-        self.lock = Latch()
-        self.votes_ended = threading.Condition(self.lock)  # type: ignore[arg-type]
+        self.lock = threading.Lock()
+        self.votes_ended = threading.Condition(self.lock)
         self.waiting = 0  # transactions that wait for the end of another one's vote
         self.promised = 0  # records added by transactions that have not ended, and
         self.left: list[int] = []  # numbers to subtract, for those that have

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import math
-import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 
@@ -18,7 +16,6 @@ import pyramid_async.current
 from pyramid_async import JobDismissed, JobStopped, JobTimeout, current_job
 from pyramid_async.current import MESSAGE_LIMIT, Changes, Job, running
 from pyramid_async.jobs import JobRecord, status_of
-from pyramid_async.process import Latch
 
 SID = "0123456789abcdef0123456789abcdef"
 
@@ -359,37 +356,3 @@ def test_wait_for_changes_ends():
     changes = Changes()
     changes.wait(changes.count, 0)
     assert changes.count == 0
-
-
-# -- latches -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def undisturbed():
-    """Nobody else runs before this thread waits or sleeps."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(100)
-    yield
-    sys.setswitchinterval(interval)
-
-
-def test_who_waits_for_a_latch_does_not_own_it_before_he_runs(undisturbed):
-    latch, seen = Latch(), []
-
-    def wait():
-        with latch:
-            seen.append("owned")
-
-    latch.acquire()
-    thread = threading.Thread(target=wait)
-    thread.start()
-    time.sleep(0.1)  # until it waits
-    latch.release()
-    end = time.perf_counter() + 0.05
-    while time.perf_counter() < end:
-        pass
-    assert latch.acquire(False)
-    assert not latch.acquire(False)
-    latch.release()
-    thread.join(10)
-    assert seen == ["owned"]
