@@ -146,18 +146,12 @@ class Recovery:
         """Do a step and return the seconds until its next turn."""
         begun = self.monotonic()
         if self._safely(step) and step == self.look:
-            return self._pause(self.monotonic() - begun)
+            # A tenth of the time at most, however many jobs there are to look through; but a dead
+            # process is not known by one look, and the next must not be far.
+            return max(every, min(9 * (self.monotonic() - begun), self.lease))
         # Never put off: who falls silent is taken for dead, and what failed may have waited
         # long for a database that is back by now.
         return every
-
-    def _pause(self, took: float) -> float:
-        """Return the seconds until the next look, after one of *took* seconds.
-
-        A tenth of the time at most, however many jobs there are to look through; but a dead
-        process is not known by one look, and the next must not be far.
-        """
-        return max(self.interval, min(9 * took, self.lease))
 
     def _safely(self, step: Any) -> bool:
         """Do a step; return False, and log it, when it failed."""
@@ -291,33 +285,27 @@ class Recovery:
 
     # -- hints: a process that is renewed every few jobs lives no lease, nor until a job is due
 
-    def _take_hints(self) -> bool:
-        """Say whether this process is to look: one of the pool does so for all."""
+    def _take_hints(self) -> None:
         hints = self.hints.read()
-        looker, age = hints.get("by"), self.monotonic() - hints.get("at", -math.inf)
-        if looker == self.store.process:
-            return True
-        if looker is not None and age < 2 * self._pause(hints["took"]):
-            return False
-        # A process that had no sign then may have had other jobs since; and what we saw ourselves
-        # was before.
-        self._observed = hints["observed"] if age <= self.lease else {}
-        return True
+        # A process that had no sign then may have had other jobs since.
+        if hints and self.monotonic() - hints["at"] <= self.lease:
+            self._observed = {**hints["observed"], **self._observed}
 
-    def _give_hints(self, took: float) -> None:
+    def _give_hints(self) -> None:
         for when, sid in self.hints.read().get("timers", ()):
             self.later(when, sid)  # ours from now on
-        looker = {"by": self.store.process, "took": took, "at": self.monotonic()}
-        self.hints.write({**looker, "observed": self._observed})
+        self._write_hints([])
 
     def hand_over(self) -> None:
-        """Let another process of the pool wake the jobs that wait for their time here, and look."""
+        """Let another process of the pool wake the jobs that wait for their time here."""
         if self.hints is not None:
-            hints = self.hints.read()
-            if hints.get("by") == self.store.process:
-                hints["by"] = None  # whoever comes first
+            others = self.hints.read().get("timers", [])
             with self._lock:
-                self.hints.write({**hints, "timers": [*hints.get("timers", ()), *self._timers]})
+                self._write_hints([*others, *self._timers])
+
+    def _write_hints(self, timers: list[Any]) -> None:
+        hints = {"at": self.monotonic(), "observed": self._observed, "timers": timers}
+        self.hints.write(hints)
 
     # -- lost jobs
 
@@ -326,9 +314,8 @@ class Recovery:
 
         Cost: reads every unfinished record and those that finished since the last move.
         """
-        begun = self.monotonic()
-        if self.hints is not None and not self._take_hints():
-            return
+        if self.hints is not None:
+            self._take_hints()
         self._holders.clear()
         self._unlisted_before, self._unlisted = self._unlisted, {}
         self._bad_before, self._bad = self._bad, set()
@@ -337,7 +324,7 @@ class Recovery:
         if self.store.durable:
             self._bury()
         if self.hints is not None:
-            self._give_hints(self.monotonic() - begun)
+            self._give_hints()
 
     def _archive(self, ended: dict[str, float]) -> None:
         """Put finished records away, many at once; *ended*: sid -> seconds since the job's end."""

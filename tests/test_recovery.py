@@ -559,7 +559,7 @@ def test_processes_of_a_pool_know_together_who_is_silent(machines, key, at, wait
     """One that is renewed every few jobs lives no lease itself."""
     one, hints = machines.process(), Hints()
     with frozen(one, key, at) as sid:
-        for seconds in (LEASE / 2, LEASE / 2, 2 * one.recovery.interval, 0):
+        for seconds in (LEASE / 2, LEASE / 2, 1, 0):
             assert CALLS[key] == [1]
             other = machines.process()
             other.recovery.hints = hints
@@ -568,31 +568,6 @@ def test_processes_of_a_pool_know_together_who_is_silent(machines, key, at, wait
         wait_for(lambda: len(CALLS[key]) == 2)
         GATES[at].opened.set()
         other.wait(sid)
-
-
-def test_one_process_of_a_pool_looks_for_all(machines, key):
-    """Each look reads every record that is new, or has ended, from the server."""
-    hints, pool = Hints(), [machines.process() for _ in range(3)]
-    looks = []
-    for number, each in enumerate(pool):
-        each.recovery.hints = hints
-        each.recovery._bury = lambda number=number: looks.append(number)
-    one, two, three = (each.recovery for each in pool)
-    for _ in range(3):
-        for recovery in (one, two, three):
-            recovery.look()
-        machines.pass_time(one.interval)
-    assert looks == [0, 0, 0]
-    seen = hints.read()["observed"]
-    three._observed = {"process": (1, 0.0)}  # long ago
-    three.hand_over()
-    assert hints.read()["observed"] == seen
-    machines.pass_time(one.interval)  # it was killed
-    two.look()
-    three.look()
-    two.hand_over()
-    three.look()
-    assert looks == [0, 0, 0, 1, 2]
 
 
 def test_a_process_of_a_pool_wakes_what_its_predecessor_was_to_wake(machines, key):
@@ -612,8 +587,7 @@ def test_a_process_of_a_pool_wakes_what_its_predecessor_was_to_wake(machines, ke
 def test_what_a_pool_observed_long_ago_counts_for_nothing(machines, key, at):
     """The process had no sign of life then, and has a job again."""
     one, hints = machines.process(), Hints()
-    observed = {one.store.process: (None, 0.0)}
-    hints.write({"at": 0.0, "observed": observed})
+    hints.write({"at": 0.0, "observed": {one.store.process: (None, 0.0)}})
     machines.pass_time(LEASE + 1)
     sid = one.schedule(count_behind_gate, ROOT, key, at)
     GATES[at].reach()
