@@ -331,12 +331,19 @@ def leave(f: Any) -> NoReturn:
     It would go on as a second process of the same pool, on the same connections, and the job
     would wait for its end for ever.
     """
-    error = sys.exception()
-    if isinstance(error, SystemExit):
-        os._exit(error.code if isinstance(error.code, int) else error.code is not None)
+    status, error = 1, sys.exception()
     with suppress(Exception):
-        log.critical("a child that %s forked did not end by os._exit", name_of(f), exc_info=True)
-    os._exit(1)
+        if not isinstance(error, SystemExit):
+            log.critical(
+                "a child that %s forked did not end by os._exit", name_of(f), exc_info=True
+            )
+        elif isinstance(error.code, int | None):
+            status = (error.code or 0) & 0xFF
+        else:
+            print(error.code, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
 
 
 # What a call returns whose body has not run yet.

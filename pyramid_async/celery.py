@@ -86,11 +86,13 @@ def check_broker(url: str) -> None:
     """Raise ConfigurationError for what kombu cannot use; the URL may hold a password."""
     try:
         transport(url)
-    except Exception as error:  # KeyError, ValueError, and what a transport's import raises
+    except ValueError:  # whose text may be a part of the password
         raise ConfigurationError(
-            f"async.celery.broker is of no use: {error!r}; write amqp://user:password@host:5672//"
-            " or redis://host:6379/0"
+            "async.celery.broker is no URL: write amqp://user:password@host:5672// or"
+            " redis://host:6379/0, and in a password %2F for /, %23 for # (%%2F in an ini file)"
         ) from None
+    except Exception as error:  # a KeyError, and what a transport's import raises
+        raise ConfigurationError(f"async.celery.broker is of no use: {error!r}") from None
 
 
 @implementer(IExecutor)

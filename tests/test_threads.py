@@ -1090,6 +1090,7 @@ def test_child_does_not_run_the_jobs_that_wait_in_its_parents_ram():
         ("sys.exit()", 0, False),
         ("sys.exit(3)", 3, False),
         ("sys.exit('oh')", 1, False),
+        ("print('x' * 9, end=''); sys.exit(2 ** 31)", 0, False),
     ],
 )
 def test_child_that_a_job_forks_does_not_go_on_in_our_code(child, status, logged):
@@ -1111,3 +1112,5 @@ def test_child_that_a_job_forks_does_not_go_on_in_our_code(child, status, logged
     )
     assert run.stdout.endswith(f"the child's status: {status}\n")
     assert ("did not end by os._exit" in run.stdout) == logged
+    assert ("x" * 9 in run.stdout) == ("print" in child)
+    assert ("oh" in run.stderr) == ("oh" in child)
