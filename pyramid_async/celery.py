@@ -312,8 +312,8 @@ class Site:
                 "the application has another async.celery.broker or async.celery.queue than its"
                 " file, or than CELERY_BROKER_READ_URL or CELERY_BROKER_URL in the environment,"
                 " which the worker listens to: set them in the file; unset those; name the"
-                " application's section"
-                " where it is not main (--ini FILE#section); or give the worker -b and -Q"
+                " application's section where it is not main (--ini FILE#section); or give the"
+                " worker -b and -Q"
             )
         return scheduler.executor
 

@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 SCAN = 1000
 # Records that one transaction removes.
 BATCH = 200
-# Longest title that lists show, characters: an application may have made it of anything.
-TITLE = 240
+# Longest text of a job in a list, characters: an application may have made it of anything.
+SHORT = 240
 
 _CURSOR = re.compile("([0-9a-f]{0,64})(?:@([0-9]{1,15}(?:[.][0-9]{1,20})?))?")
 
@@ -64,8 +64,7 @@ class Report:
     def title(self) -> str:
         if self.job is None:
             return "An unreadable record"
-        title = self.job.title or self.job.process_id or self.function.rpartition(":")[2]
-        return title if len(title) <= TITLE else title[:TITLE] + "…"
+        return short(self.job.title or self.job.process_id or self.function.rpartition(":")[2])
 
     @property
     def owner(self) -> str | None:
@@ -312,6 +311,10 @@ def reference_of(function: Any) -> str:
     return function if isinstance(function, str) else name_of(function)
 
 
+def short(text: str) -> str:
+    return text if len(text) <= SHORT else text[:SHORT] + "…"
+
+
 def as_text(report: Report) -> str:
     """Return in a few words why a job failed, or how far it is."""
     if report.fault or report.job is None:
@@ -434,7 +437,7 @@ def ended_before(inside: Inside, before: tuple[float, str], statuses: frozenset[
 
 
 def remove_all(sids: list[str], inside: Inside) -> int:
-    there = [record for record in (ended_record(inside, sid) for sid in sids) if record is not None]
+    there = [record for sid in sids if (record := ended_record(inside, sid)) is not None]
     for record in there:
         inside.table.forget(record)
     return len(there)

@@ -28,8 +28,6 @@ from .views import manages
 LIMIT = 50
 # Jobs of each list on the first page.
 FEW = 10
-# Longest text of a job in a list, characters.
-SHORT = 240
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; form-action 'self';"
@@ -295,7 +293,6 @@ def table(request: Any, found: Page) -> Html:
 
 
 def row(request: Any, job: Report) -> Html:
-    text = manage.as_text(job)
     name = h("a", job.title, href=job_path(request, job.sid))
     return h(
         "tr",
@@ -303,7 +300,7 @@ def row(request: Any, job: Report) -> Html:
         cell("Status", pill(job.status)),
         cell("User", job.owner),
         cell("When", when(request, job)),
-        cell("What", text if len(text) <= SHORT else text[:SHORT] + "…"),
+        cell("What", manage.short(manage.as_text(job))),
         cell("", buttons(request, job)),
         role="row",
     )
