@@ -13,13 +13,15 @@ const HELD = 2;
 const RATE = 10;
 // Seconds between two looks, where the server does not want more.
 const LONGEST = 30;
-// Seconds after which an answer that does not come is taken for lost.
+// Seconds after which an answer of which nothing comes is taken for lost.
 const PATIENCE = 20;
 
 const RESULTS = "http://www.opengis.net/def/rel/ogc/1.0/results";
 
 let held = 0;
 let watched = 0;
+/** Return the seconds to wait for something: what is asked for many jobs queues, six at a time. */
+const patience = () => Math.max(PATIENCE, watched / 2);
 
 // -- what goes wrong --------------------------------------------------------------------------
 
@@ -68,7 +70,7 @@ export async function watch(location, options = {}) {
 
 export async function cancel(location, options = {}) {
   const url = query(absolute(location), "only", "cancel");
-  const answer = await ask(url, options, { method: "DELETE" }, PATIENCE);
+  const answer = await ask(url, options, { method: "DELETE" }, patience());
   // 409: it had finished before, and the document says how.
   if (answer.body?.jobID) return answer.body;
   throw answer.response.ok ? trouble(`There is no job at ${url}.`, 200) : refusal(answer);
@@ -84,7 +86,7 @@ async function fetched(link, url, options) {
   if (isFile(link)) return link;
   const href = new URL(link.href, url);
   return insist(options, async () => {
-    const answer = await ask(href, options, { large: true }, PATIENCE);
+    const answer = await ask(href, options, {}, patience());
     if (!answer.response.ok) throw refusal(answer);
     // Such as the form of a login, where a redirect led to.
     const isOther = answer.body === undefined && answer.response.status !== 204;
@@ -158,7 +160,7 @@ class Watch {
   async ask(seconds) {
     const url = seconds ? query(this.url, "wait", seconds) : this.url;
     try {
-      const answer = await ask(url, this.options, {}, seconds + PATIENCE);
+      const answer = await ask(url, this.options, {}, seconds + patience());
       if (!answer.response.ok) throw refusal(answer);
       const { response, body } = answer;
       if (typeof body?.done !== "boolean") throw trouble(`There is no job at ${url}.`, 200);
@@ -249,7 +251,7 @@ const gap = () => 0.1 + Math.random() / 5;
 
 // -- HTTP -------------------------------------------------------------------------------------
 
-/** Return the response and its body where that is JSON; a large one may take its time. */
+/** Return the response, of which something has to come every *seconds*, and its body if JSON. */
 async function ask(url, { signal, headers, credentials, token }, init = {}, seconds = Infinity) {
   signal?.throwIfAborted();
   const { method = "GET", type, body } = init;
@@ -260,25 +262,42 @@ async function ask(url, { signal, headers, credentials, token }, init = {}, seco
   const stop = new AbortController();
   const abort = () => stop.abort(signal?.reason);
   signal?.addEventListener("abort", abort);
-  const timer = seconds < Infinity ? setTimeout(abort, seconds * 1000) : 0;
+  let timer;
+  const renew = () => {
+    clearTimeout(timer);
+    if (seconds < Infinity) timer = setTimeout(abort, seconds * 1000);
+  };
+  renew();
   try {
     const options = { method, headers: sent, body, credentials, signal: stop.signal };
     const response = await fetch(url, options);
-    if (init.large) clearTimeout(timer);
-    return { response, body: await read(response) };
+    return { response, body: await read(response, renew) };
   } finally {
     clearTimeout(timer);
     signal?.removeEventListener("abort", abort);
   }
 }
 
-async function read(response) {
+async function read(response, renew) {
   if (!isJson(response.headers.get("Content-Type"))) return response.body?.cancel();
+  // A fetch of script, such as a test's or a polyfill, may have no stream.
+  const text = await (response.body ? textOf(response.body, renew) : response.text());
   try {
-    return await response.json();
+    return JSON.parse(text);
   } catch (error) {
     // A refusal counts, whatever it says.
-    if (response.ok || !(error instanceof SyntaxError)) throw error;
+    if (response.ok) throw error;
+  }
+}
+
+/** Return all of a stream; on a slow network it may take its time. */
+async function textOf(stream, renew) {
+  const decoder = new TextDecoder();
+  const reader = stream.getReader();
+  for (let text = ""; ; renew()) {
+    const { done, value } = await reader.read();
+    if (done) return text + decoder.decode();
+    text += decoder.decode(value, { stream: true });
   }
 }
 
@@ -336,15 +355,38 @@ export const texts = {
   percent: (number) => `${number} %`,
 };
 
-const MARKUP = `
-<div id="job" part="job" role="group" aria-labelledby="title" tabindex="-1">
-<p id="head"><span id="title" part="title" dir="auto"></span> <span id="status" part="status" role="status"></span></p>
-<div id="bar" part="bar" role="progressbar" aria-labelledby="title" aria-valuemin="0" aria-valuemax="100"><div id="fill" part="fill"></div></div>
-<p id="line" part="message"><span id="percent"></span> <span id="message" dir="auto"></span></p>
-<p id="error" part="error" role="alert" dir="auto" hidden></p>
-<p id="actions"><button id="cancel" part="cancel" type="button" aria-labelledby="cancel title" hidden></button>
-<a id="result" part="result" aria-labelledby="result title" hidden></a></p>
-</div>`;
+/** Make an element; not of markup, for which a page's policy may want Trusted Types. */
+function made(name, attributes, ...content) {
+  const element = document.createElement(name);
+  for (const each of Object.entries(attributes)) element.setAttribute(...each);
+  element.append(...content);
+  return element;
+}
+
+/** Make an element that pages may style. */
+const part = (name, id, more, ...content) => made(name, { id, part: id, ...more }, ...content);
+
+function inside() {
+  const bar = { role: "progressbar", "aria-labelledby": "title", "aria-valuemin": 0, "aria-valuemax": 100 };
+  const line = { id: "line", part: "message" };
+  const button = { type: "button", "aria-labelledby": "cancel title", hidden: "" };
+  return part(
+    "div",
+    "job",
+    { role: "group", "aria-labelledby": "title", tabindex: -1 },
+    made("p", { id: "head" }, part("span", "title", { dir: "auto" }), " ", part("span", "status", { role: "status" })),
+    part("div", "bar", bar, part("div", "fill")),
+    made("p", line, made("span", { id: "percent" }), " ", made("span", { id: "message", dir: "auto" })),
+    part("p", "error", { role: "alert", dir: "auto", hidden: "" }),
+    made(
+      "p",
+      { id: "actions" },
+      part("button", "cancel", button),
+      " ",
+      part("a", "result", { "aria-labelledby": "result title", hidden: "" }),
+    ),
+  );
+}
 
 // Text has the colour that the page gives it, so it can be read wherever the page's own can.
 const STYLE = `
@@ -417,11 +459,12 @@ export class AsyncJobElement extends Base {
   #parts = {};
   #stop;
   #job = null;
+  #followed; // the address of the job that is shown
 
   constructor() {
     super();
     const root = this.attachShadow({ mode: "open" });
-    root.innerHTML = MARKUP;
+    root.append(inside());
     styled(root);
     for (const part of root.querySelectorAll("[id]")) this.#parts[part.id] = part;
     this.#parts.cancel.addEventListener("click", () => this.cancel());
@@ -438,11 +481,17 @@ export class AsyncJobElement extends Base {
       const { src } = this;
       delete this.src;
       this.src = src;
-    } else this.#follow();
+    } else if (this.#followed !== this.src) this.#follow();
+    else this.#name();
   }
 
   disconnectedCallback() {
-    this.#stop?.abort();
+    // Not at once: who only moves it, at each news say, is not to start it anew.
+    queueMicrotask(() => {
+      if (this.isConnected) return;
+      this.#followed = undefined;
+      this.#stop?.abort();
+    });
   }
 
   attributeChangedCallback(name, before, after) {
@@ -491,6 +540,7 @@ export class AsyncJobElement extends Base {
   async #follow() {
     this.#stop?.abort();
     this.#job = null;
+    this.#followed = this.src;
     this.#reset();
     if (!this.src) return;
     const stop = (this.#stop = new AbortController());
@@ -596,6 +646,7 @@ export class AsyncJobElement extends Base {
     this.#say(texts.lost);
     this.#explain(error.problem ?? { title: error.message });
     this.#tell("joberror", error);
+    this.#followed = undefined; // put in place again, it tries again
   }
 
   #tell(type, detail) {

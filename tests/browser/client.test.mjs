@@ -459,6 +459,76 @@ test("two tabs see the same end", LIMIT, async () => {
   }
 });
 
+/** Have fetch begin its answers at once; the page calls `send` for each part of them. */
+const slowly = () => {
+  globalThis.fetches = 0;
+  globalThis.fetch = (url, { signal }) => {
+    globalThis.fetches += 1;
+    const start = (body) => {
+      signal.addEventListener("abort", () => body.error(signal.reason));
+      globalThis.send = (text) => body.enqueue(new TextEncoder().encode(text));
+      globalThis.end = () => body.close();
+    };
+    const headers = { "Content-Type": "application/json" };
+    return Promise.resolve(new Response(new ReadableStream({ start }), { headers }));
+  };
+};
+
+/** Have the page watch a job that is answered slowly. */
+async function watchSlowly() {
+  const { page } = await visit();
+  await page.clock.install();
+  await page.evaluate(slowly);
+  await page.evaluate(() => void (globalThis.found = client.watch("/async/slow")));
+  return page;
+}
+
+test("a document that takes a minute to arrive is read to its end", LIMIT, async () => {
+  const page = await watchSlowly();
+  for (const part of ['{"status": "successful"', ', "done": true', ', "result": 7, "links": []}']) {
+    await page.clock.fastForward(19_000);
+    await page.evaluate((text) => send(text), part);
+  }
+  await page.clock.fastForward(19_000);
+  await page.evaluate(() => end());
+  assert.equal(await page.evaluate(() => found), 7);
+  assert.equal(await page.evaluate(() => fetches), 1);
+});
+
+test("an answer without a stream is read too", LIMIT, async () => {
+  const { page } = await visit();
+  const result = await page.evaluate(() => {
+    const headers = new Headers({ "Content-Type": "application/json" });
+    const text = async () => '{"status": "successful", "done": true, "result": 7, "links": []}';
+    globalThis.fetch = async () => ({ ok: true, status: 200, headers, text });
+    const late = new Promise((resolve) => setTimeout(resolve, 5000));
+    return Promise.race([client.watch("/async/plain"), late]);
+  });
+  assert.equal(result, 7);
+});
+
+test("a document that stops arriving is asked for again", LIMIT, async () => {
+  const page = await watchSlowly();
+  await page.evaluate(() => send('{"status": '));
+  await page.clock.runFor(30_000);
+  assert.ok((await page.evaluate(() => fetches)) > 1);
+});
+
+test("jobs that wait for each other in the browser's queue are not given up", LIMIT, async () => {
+  const { page } = await visit();
+  await page.clock.install();
+  await page.evaluate(() => {
+    globalThis.retries = 0;
+    globalThis.fetch = (url, { signal }) =>
+      new Promise((_, reject) => signal.addEventListener("abort", () => reject(signal.reason)));
+    const onRetry = () => (retries += 1);
+    for (let job = 0; job < 100; job += 1) client.watch(`/async/${job}`, { onRetry });
+    client.cancel("/async/7").catch(onRetry);
+  });
+  await page.clock.fastForward(40_000);
+  assert.equal(await page.evaluate(() => retries), 0);
+});
+
 test("an answer that never comes is given up", { timeout: 60_000 }, async () => {
   const { page } = await visit();
   let times = 0;
@@ -754,6 +824,72 @@ test("an address that was set before the client came is used", LIMIT, async () =
     return job.getAttribute("src");
   }, src);
   assert.equal(text, src);
+  await until(async () => (await shown.text("status")) === "Finished");
+});
+
+test("the element needs no trust in markup", LIMIT, async () => {
+  const { page } = await visit();
+  const path = await server.job("work", { seconds: 0.1 });
+  await page.route("**/strict", (route) =>
+    route.fulfill({
+      contentType: "text/html",
+      headers: { "Content-Security-Policy": "default-src 'self'; require-trusted-types-for 'script'" },
+      body: `<script type="module" src="/async/client.js"></script><async-job src="${path}"></async-job>`,
+    }),
+  );
+  await page.goto(`${server.origin}/strict`);
+  await page.locator('async-job [part="status"]', { hasText: "Finished" }).waitFor({ timeout: 10_000 });
+});
+
+test("an element that is moved at each news asks no more often for that", LIMIT, async () => {
+  const { page, looks } = await visit({ src: [await server.job("work", { seconds: 2 })] });
+  const ends = await page.evaluate(async () => {
+    let ends = 0;
+    const move = ({ target }) => document.querySelector("main").append(target);
+    document.addEventListener("jobchange", move);
+    await new Promise((resolve) => {
+      document.addEventListener("jobdone", (event) => {
+        move(event);
+        ends += 1;
+        resolve();
+      });
+    });
+    await fetch("/probe"); // time enough for another look
+    return ends;
+  });
+  assert.equal(ends, 1);
+  assert.ok(looks.length < 8, `${looks.length} looks`);
+});
+
+test("an element that is renamed while it is moved has the new name", LIMIT, async () => {
+  const shown = await visit({ src: [await server.job("work", { seconds: 0 })] });
+  await until(async () => (await shown.text("status")) === "Finished");
+  await shown.page.evaluate(() => {
+    const job = document.querySelector("async-job");
+    const { parentNode } = job;
+    job.remove();
+    job.setAttribute("label", "Bericht");
+    parentNode.append(job);
+  });
+  assert.equal(await shown.text("title"), "Bericht");
+});
+
+test("an element that was refused asks with new headers when it is put in place again", LIMIT, async () => {
+  const shown = await visit();
+  await shown.page.route("**/async/pretended*", (route) =>
+    route.request().headers().authorization
+      ? told(route, { status: "successful", done: true })
+      : route.fulfill({ status: 401 }),
+  );
+  await shown.page.evaluate(async () => {
+    const job = document.createElement("async-job");
+    const refused = new Promise((resolve) => job.addEventListener("joberror", resolve));
+    job.src = "/async/pretended";
+    document.querySelector("main").append(job);
+    await refused;
+    job.headers = { Authorization: "Bearer new" };
+    document.querySelector("main").append(job);
+  });
   await until(async () => (await shown.text("status")) === "Finished");
 });
 
