@@ -324,7 +324,8 @@ def transport(url: str) -> Any:
 def connect(url: str) -> Any:
     """Return a connection to the broker on which nothing waits longer than BROKER_TIMEOUT."""
     options = time_outs(url, BROKER_TIMEOUT)
-    options.update(max_retries=1, interval_start=0, interval_step=0)
+    # Each try is at the next URL of a list.
+    options.update(max_retries=max(1, url.count(";")), interval_start=0, interval_step=0)
     # No heartbeat: nobody would send it while there is nothing to publish.
     return app.connection_for_write(
         url, connect_timeout=BROKER_TIMEOUT, heartbeat=0, transport_options=options
@@ -355,7 +356,7 @@ def broker_given() -> bool:
 def time_outs(url: str, seconds: float) -> dict[str, Any]:
     """Return the options of a connection on which no answer is waited for any longer."""
     names = ["read_timeout", "write_timeout"]
-    if url.startswith(("redis", "sentinel")):
+    if url.startswith("redis"):
         # It has no heartbeat: the client asks in its place.
         names = ["socket_timeout", "socket_connect_timeout", "health_check_interval"]
     return dict.fromkeys(names, seconds)
@@ -374,6 +375,10 @@ def take_bells_alone(consumer: Any) -> Any:
     def create_task_handler(self: Any, *args: Any, **kw: Any) -> Callable[[Any], None]:
         return bells_alone(consumer.create_task_handler(self, *args, **kw))
 
+    def on_connection_error_before_connected(self: Any, error: Exception) -> None:
+        consumer.on_connection_error_before_connected(self, error)
+        time.sleep(REFUSED_PAUSE)
+
     def on_connection_error_after_connected(self: Any, error: Exception) -> None:
         consumer.on_connection_error_after_connected(self, error)
         code = getattr(error, "reply_code", None)
@@ -381,11 +386,12 @@ def take_bells_alone(consumer: Any) -> Any:
             # Of a virtual host whose queues are quorum queues, which know no common prefetching.
             for each in self.app.amqp.queues.consume_from.values():
                 each.queue_arguments = {"x-queue-type": "quorum"}
-        if code:
+        if code or isinstance(error, self.channel_errors):  # Redis gives no code
             time.sleep(REFUSED_PAUSE)
 
     attributes = {
         "create_task_handler": create_task_handler,
+        "on_connection_error_before_connected": on_connection_error_before_connected,
         "on_connection_error_after_connected": on_connection_error_after_connected,
         "__module__": consumer.__module__,
     }

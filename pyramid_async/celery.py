@@ -84,6 +84,11 @@ def make_executor(worker: Any, settings: dict[str, Any]) -> CeleryExecutor:
 
 def check_broker(url: str) -> None:
     """Raise ConfigurationError for what kombu cannot use; the URL may hold a password."""
+    if any(each.lower().startswith("sentinel") for each in url.split(";")):
+        raise ConfigurationError(
+            "async.celery.broker is of no use: Redis Sentinel wants a master_name, which no URL"
+            " can give"
+        )
     try:
         transport(url)
     except ValueError:  # whose text may be a part of the password
@@ -109,7 +114,7 @@ class CeleryExecutor:
         self.make_bells = make_bells
         self.shutdown_timeout = shutdown_timeout
         self.workers = site.concurrency
-        self.recovery: Any = None
+        self.recovery: Any = None  # set once made
         self.stopped = False
         self.suspended = False
         self.unbegun = 0
@@ -127,7 +132,7 @@ class CeleryExecutor:
             if self._pid == os.getpid() or self.stopped:
                 return
             self.bells = self.make_bells()
-            if self.recovery is not None and self.workers:
+            if self.workers:
                 # A worker finds lost jobs by itself; without one nothing could run them.
                 self.recovery.hints = site.hints
                 self.recovery.start()
@@ -228,17 +233,15 @@ class CeleryExecutor:
         while self.held and time.monotonic() < deadline:
             seen = self.worker.changes.count
             self.worker.changes.wait(seen, 0.1)
-        if self.recovery is not None:
-            # In its thread: a database that is away must not keep the process from its exit.
-            self.recovery.end(self._give_back)
-            self.recovery.stop(max(0.0, deadline - time.monotonic()) + GIVE_BACK)
+        # In its thread: a database that is away must not keep the process from its exit.
+        self.recovery.end(self._give_back)
+        self.recovery.stop(max(0.0, deadline - time.monotonic()) + GIVE_BACK)
         self.bells.stop(max(0.1, deadline - time.monotonic()))
 
     def _give_back(self) -> None:
         try:
             self.worker.give_back_running()
-            if self.recovery is not None:
-                self._pass_on_timers()
+            self._pass_on_timers()
         except Exception:
             # Recovery finds them by the lease.
             log.exception("jobs could not be given back: %s", ", ".join(self.held))
@@ -408,6 +411,10 @@ def begin(sender: Any, **_: Any) -> None:
     sender.options["without_heartbeat"] = True
     signals_of_celery.soft, signals_of_celery.hard = sender.soft_time_limit, sender.time_limit
     if "prefork" in str(sender.pool_cls):
+        if sender.options.get("autoscale"):
+            most, least = sender.options["autoscale"]
+            # Of a pool without processes nobody would look for lost jobs.
+            sender.options["autoscale"] = most, max(1, least)
         return  # its children send worker_process_init
     tell_at_cold_shutdown(sender)
     if "solo" not in str(sender.pool_cls):  # that pool sends it too

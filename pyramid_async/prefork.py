@@ -82,9 +82,8 @@ class Signals:
         if self._pid != os.getpid():
             self._pid = os.getpid()
             handlers = {name: signal.getsignal(getattr(signal, name)) for name in ENDS}
-            self._handled = [
-                name for name in ENDS if callable(handlers[name])
-            ]  # others are ignored
+            # The others are ignored.
+            self._handled = [name for name in ENDS if callable(handlers[name])]
             self._default = handlers[self._handled[0]]
         # Each time: the last job may have set its own, as ``loop.add_signal_handler`` does.
         for name in self._handled:

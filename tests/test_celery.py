@@ -33,7 +33,12 @@ import pytest
 import redis
 import transaction
 import webapp
-from amqp.exceptions import AccessRefused, AMQPNotImplementedError, PreconditionFailed
+from amqp.exceptions import (
+    AccessRefused,
+    AMQPNotImplementedError,
+    NotFound,
+    PreconditionFailed,
+)
 from bare import Clock
 from celery.bin.celery import celery as celery_command
 from crash.executors import BROKERS, remove_queue
@@ -551,6 +556,14 @@ def test_who_is_rung_for_once_more_does_not_wait_long_for_the_record(broker, mon
         web.scheduler.executor.answer("f" * 32, again=True)
 
 
+def test_a_bell_is_sent_to_the_last_of_a_list_of_brokers_if_no_other_is_there(broker):
+    closed = [f"amqp://127.0.0.1:{unused_port()}//" for _ in range(3)]
+    ringer, queue = Bells(";".join([*closed, broker]), "queue", 10), uuid4().hex
+    ringer._pass_on([Ring("a" * 32, queue, BELL)])
+    ringer._disconnect()
+    assert len(messages(queue, broker)) == 1
+
+
 def test_a_bell_that_was_dropped_may_be_rung_again(caplog):
     ringer = Bells(f"amqp://127.0.0.1:{unused_port()}//", "queue", 10)
     ringer.ring("a" * 32, None, BELL)
@@ -730,6 +743,7 @@ def test_records_in_ram_are_refused():
     ("url", "why"),
     [
         ("rabbit://u:secret@localhost", "of no use: .*No such transport: rabbit"),
+        ("redis://localhost;Sentinel://:secret@localhost:26379/0", "of no use: .*master_name"),
         ("amqp://u:secret/word@localhost//", "no URL"),
         ("redis://u:se#cret@localhost:port/0", "no URL"),
     ],
@@ -745,6 +759,13 @@ def test_broker_that_kombu_does_not_know_stops_the_start(url, why):
 def test_a_database_that_no_worker_can_open_is_told(caplog):
     with browser({"async.executor": "celery"}, zodb="memory://"):
         assert "no worker will run its jobs: use ZEO or RelStorage" in caplog.text
+
+
+def test_a_missing_celery_is_told_by_its_name(monkeypatch):
+    monkeypatch.setitem(sys.modules, "celery", None)
+    refused = pytest.raises(ConfigurationError, match=r"pip install 'pyramid_async\[celery\]'")
+    with refused, browser({"async.executor": "celery"}, zodb="memory://"):
+        pass
 
 
 def test_including_the_module_is_enough(broker):
@@ -1542,7 +1563,10 @@ def test_forged_messages_end_no_worker_and_fail_no_job(broker, pool, deploy):
 
 
 def length(connection, queue):
-    return connection.default_channel.queue_declare(queue=queue, passive=True).message_count
+    """Return how many messages wait; 0 where nobody has declared the queue yet."""
+    with suppress(NotFound), connection.channel() as channel:
+        return channel.queue_declare(queue=queue, passive=True).message_count
+    return 0
 
 
 @services
@@ -1657,6 +1681,8 @@ def test_queues_may_be_quorum_queues(pool, deploy):
 class Consumer:
     """What a consumer of Celery's knows of an error."""
 
+    channel_errors = (redis.exceptions.ResponseError,)
+
     def __init__(self):
         self.told = []
         self.queue = Queue("shop")
@@ -1666,12 +1692,15 @@ class Consumer:
     def on_connection_error_after_connected(self, error):
         self.told.append(error)
 
+    on_connection_error_before_connected = on_connection_error_after_connected
+
 
 @pytest.mark.parametrize(
     ("error", "pauses", "arguments"),
     [
         (PreconditionFailed("inequivalent arg"), [1.0], None),
         (AMQPNotImplementedError("global qos"), [1.0], {"x-queue-type": "quorum"}),
+        (redis.exceptions.NoPermissionError(), [1.0], None),
         (ConnectionResetError(), [], None),
     ],
 )
@@ -1682,6 +1711,14 @@ def test_a_worker_does_not_assail_a_broker_that_refuses(error, pauses, arguments
     consumer.on_connection_error_after_connected(error)
     assert (consumer.told, slept) == ([error], pauses)
     assert consumer.queue.queue_arguments == arguments
+
+
+def test_a_worker_does_not_assail_a_broker_that_refuses_its_first_command(monkeypatch):
+    slept, error = [], redis.exceptions.ReadOnlyError()
+    monkeypatch.setattr(bells, "time", SimpleNamespace(sleep=slept.append))
+    consumer = bells.take_bells_alone(Consumer)()
+    consumer.on_connection_error_before_connected(error)
+    assert (consumer.told, slept) == ([error], [1.0])
 
 
 # -- services: limits and ends -------------------------------------------------------------
@@ -1900,6 +1937,17 @@ def test_a_pool_may_grow_and_renew_its_processes(deploy):
     results = web.scheduler.transact(lambda s: [s.get_result(sid) for sid in sids])
     assert max(Counter(value["process"] for value, _ in results).values()) <= 3
     assert site.end(worker) == 0
+
+
+@services
+@slow
+def test_a_pool_that_may_shrink_to_nothing_looks_for_lost_jobs(deploy):
+    site = deploy()
+    web = site.web()
+    sid = web.sell()
+    until(lambda: messages(site.queue, RABBITMQ))  # which takes it away
+    site.worker("--autoscale", "4")
+    web.ended_well(sid)
 
 
 @services
