@@ -258,17 +258,6 @@ def _may_serve() -> bool:
     return all(is_worker() for module, is_worker in _WORKERS.items() if module in sys.modules)
 
 
-def _is_gunicorn_worker() -> bool:
-    # A worker takes the signals before it loads the application; the arbiter's handler is its own.
-    handler = signal.getsignal(signal.SIGTERM)
-    return hasattr(getattr(handler, "__self__", None), "init_process")
-
-
-def _is_uwsgi_worker() -> bool:
-    worker_id: int = sys.modules["uwsgi"].worker_id()
-    return worker_id > 0
-
-
 def will_fork() -> bool:
     """Return True in a process that only forks those that serve, where its server tells."""
     uwsgi = sys.modules.get("uwsgi")
@@ -277,15 +266,18 @@ def will_fork() -> bool:
     return uwsgi.worker_id() == 0 and bool(uwsgi.masterpid() or uwsgi.numproc > 1)
 
 
-def _is_celery_child() -> bool:
-    name: str = sys.modules["billiard.process"].current_process().name
-    return name != "MainProcess"
+def _is_gunicorn_worker() -> bool:
+    # A worker takes the signals before it loads the application; the arbiter's handler is its own.
+    handler = signal.getsignal(signal.SIGTERM)
+    return hasattr(getattr(handler, "__self__", None), "init_process")
 
 
 # Servers that fork after they may have loaded the application, each by a module that only their
 # processes have, and how their workers are known.
 _WORKERS: dict[str, Callable[[], bool]] = {
     "gunicorn.arbiter": _is_gunicorn_worker,
-    "uwsgi": _is_uwsgi_worker,
-    "celery.bin.worker": _is_celery_child,
+    "uwsgi": lambda: sys.modules["uwsgi"].worker_id() > 0,
+    "celery.bin.worker": lambda: (
+        sys.modules["billiard.process"].current_process().name != "MainProcess"
+    ),
 }

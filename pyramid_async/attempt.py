@@ -18,14 +18,20 @@ from typing import Any, NoReturn, TypeVar
 import transaction
 from transaction.interfaces import DoomedTransaction, TransientError
 from ZODB.blob import Blob
-from ZODB.POSException import InvalidObjectReference
+from ZODB.POSException import InvalidObjectReference, POSKeyError
 
 from .current import Job, running
 from .failures import failure_of, members
-from .interfaces import AsyncError, JobDismissed, JobInterrupted, JobTaken, OperationFailed
-from .jobs import ACCEPTED, DISMISSED, SUCCESSFUL, FileResult, JobRecord, name_of
-from .process import pending
-from .transactional import mark
+from .interfaces import (
+    AsyncError,
+    JobDismissed,
+    JobInterrupted,
+    JobStopped,
+    JobTaken,
+    OperationFailed,
+)
+from .jobs import ACCEPTED, DISMISSED, RUNNING, SUCCESSFUL, FileResult, JobRecord, name_of
+from .transactional import flush, mark, pending
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +85,10 @@ class Unreliable(Passing):
         return f"the storage failed: {self.args[0]}"
 
 
+class Gone(Unreliable):
+    """An object is gone, as after a pack (why); it may be gone for good."""
+
+
 # Errors that the next attempt would meet again: of the job's data, not of the storage.
 LASTING = (
     AttributeError,
@@ -86,7 +96,7 @@ LASTING = (
     EOFError,
     ImportError,
     InvalidObjectReference,
-    LookupError,  # POSKeyError too: an object that is gone
+    LookupError,  # POSKeyError too, which a function may expect; see `Attempt.run`
     PicklingError,
     TypeError,
     UnpicklingError,
@@ -133,13 +143,13 @@ class Attempt:
         store: Any,
         surroundings: Any,
         result_timeout: float,
-        tell_begun: Callable[[Job], None],
+        tell: Callable[[str, str], None],
     ) -> None:
         self.job = job
         self.store = store
         self.surroundings = surroundings
         self.result_timeout = result_timeout
-        self.tell_begun = tell_begun  # called before the function is called for the first time
+        self.tell = tell  # as in `Worker`; called before the function is called for the first time
         self.unread: Exception | None = None  # what a load of an object raised
         self._watched: list[Any] = []  # connections
 
@@ -165,6 +175,9 @@ class Attempt:
         except BaseException as error:
             if self.unread is not None:
                 raise Unreliable(repr(self.unread)) from error
+            if any(isinstance(each, POSKeyError) for each in members(error)):
+                # A pack may have taken what the transaction still sees; the next one does not.
+                raise Gone(repr(error)) from error
             if any(map(self.may_pass, members(error))):
                 raise Passing(repr(error)) from error
             # Before the abort: its text may read objects, also those that the job has changed.
@@ -198,7 +211,8 @@ class Attempt:
         with running(job):
             job.check()  # it may have been told while it waited after a conflict
             value = call_function(f, args, kw)
-            job.check()
+            with suppress(JobStopped):  # what has ended in time need not be run again
+                job.check()
         return value
 
     def _set_up(self, record: JobRecord) -> None:
@@ -209,7 +223,7 @@ class Attempt:
         job.commit_checkpoint = self._checkpoint
         if not job.begun:
             job.begun = True
-            self.tell_begun(job)
+            self.tell(job.sid, RUNNING)
         timeout = record.option("timeout")
         if timeout is not None and job.deadline is None:
             job.deadline = time.monotonic() + timeout
@@ -262,6 +276,7 @@ class Attempt:
         if self.unread is not None:
             # A function that swallows a ReadConflictError has seen half of the truth.
             raise Unreliable(repr(self.unread)) from self.unread
+        flush(self.surroundings.tm.get())
         self.surroundings.tm.commit()
 
     def may_pass(self, error: BaseException) -> bool:

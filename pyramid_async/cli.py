@@ -319,7 +319,7 @@ def for_each(args: argparse.Namespace, work: Callable[[str], str]) -> int:
 
 
 def not_done(args: argparse.Namespace, errors: dict[str, AsyncError]) -> int:
-    if args.json and errors:
+    if args.json:
         put_json({"errors": {sid: str(error) for sid, error in errors.items()}})
         return 1
     for error in errors.values():

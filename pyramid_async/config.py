@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextvars import ContextVar
+from importlib.util import find_spec
 from typing import Any
 
 from pyramid.config import PHASE1_CONFIG
@@ -49,6 +50,11 @@ def setup(config: Any) -> None:
     """Register the scheduler, ``request.scheduler``, the directives and the routes."""
     config.include("pyramid_tm")
     if config.registry.settings.get("async.executor") == "celery":
+        if find_spec("celery") is None:
+            raise ConfigurationError(
+                "async.executor is celery, which is not installed: pip install"
+                " 'pyramid_async[celery]'"
+            )
         config.include("pyramid_async.celery")
     # Above Pyramid's exception views, pyramid_tm and what else may open the ZODB.
     config.add_tween("pyramid_async.config.outer_tween_factory")
@@ -169,7 +175,7 @@ def start(event: Any) -> None:
         scheduler.worker.keeps = False
     enlarge_pools(registry, executor.workers)
     exit_on_sigterm()
-    if uses_zodb(registry) and will_fork():
+    if databases(registry) and will_fork():
         # A request of a child could hang on a forked ZEO client before it meets our own check.
         raise ConfigurationError(f"this server would open the ZODB and then fork: {AFTER_FORK}")
     if isinstance(scheduler.store, ZodbStore):
@@ -177,18 +183,12 @@ def start(event: Any) -> None:
         executor.start()
 
 
-def uses_zodb(registry: Any) -> bool:
-    """Say whether the application has a ZODB, be it that the records are in RAM."""
-    store = registry.getUtility(IScheduler).store
-    return isinstance(store, ZodbStore) or bool(databases(registry))
-
-
 def outer_tween_factory(handler: Any, registry: Any) -> Any:
     """Refuse every request of a child whose parent opened the ZODB, before its code uses it.
 
     For servers that `will_fork` does not know.  Also note whose the transaction is.
     """
-    opened_by = os.getpid() if uses_zodb(registry) else None
+    opened_by = os.getpid() if databases(registry) else None
 
     def outer_tween(request: Any) -> Any:
         if opened_by not in (None, os.getpid()):

@@ -7,7 +7,13 @@ from typing import Any
 
 from ZODB.utils import oid_repr
 
+from .transactional import OwnManager
+
 log = logging.getLogger(__name__)
+
+
+# What a transaction may tell about its writer, in the history.
+WHO = ("description", "user_name", "pyramid_async")
 
 
 def explain(error: BaseException, db: Any) -> str:
@@ -25,11 +31,17 @@ def explain(error: BaseException, db: Any) -> str:
 
 def _writer(db: Any, oid: bytes, tid: bytes) -> dict[str, Any] | None:
     try:
-        entries = db.history(oid, size=10)
+        # Not `db.history`: RelStorage would ask in one transaction, the first, and never end it.
+        connection = db.open(OwnManager())
+        try:
+            entries = connection._storage.history(oid, size=10)
+        finally:
+            connection.close()
     except Exception as error:  # no history here, or the storage is out of reach
         log.debug("no history of %s: %r", oid_repr(oid), error)
         return None
-    return next((entry for entry in entries if entry["tid"] == tid), None)
+    # A RelStorage without history knows of the last transaction nothing but its id.
+    return next((e for e in entries if e["tid"] == tid and any(map(e.get, WHO))), None)
 
 
 def describe(entry: dict[str, Any]) -> str:

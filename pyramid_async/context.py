@@ -35,7 +35,7 @@ from ZODB.POSException import POSKeyError
 from ZODB.utils import oid_repr, z64
 
 from .interfaces import AsyncError, NotSchedulable
-from .transactional import transaction_of
+from .transactional import pending
 
 log = logging.getLogger(__name__)
 
@@ -573,7 +573,7 @@ class PersistentContext:
     def _told_connection(self) -> Any:
         """Return the connection set in this thread, while the transaction it was set in lasts."""
         connection, manager, txn = getattr(self._told, "by", (None, None, None))
-        if connection is None or transaction_of(manager) is not txn:
+        if connection is None or pending(manager) is not txn:
             return None
         return connection
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from .interfaces import JobInterrupted, JobTimeout
 from .jobs import Failure, Live
-from .process import new_id, renew_in_children
+from .process import at_rest, new_id, renew_in_children
 
 T = TypeVar("T")
 
@@ -179,14 +179,16 @@ class Changes:
         renew_in_children(self)
 
     def renew(self) -> None:
-        self._condition = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._told = threading.Condition(self._lock)
 
     def tell(self) -> None:
-        with self._condition:
+        with at_rest(self._lock):
             self.count += 1
-            self._condition.notify_all()
+            self._told.notify_all()
 
     def wait(self, seen: int, timeout: float) -> None:
         """Return once the count is no longer *seen*, or after *timeout* seconds."""
-        with self._condition:
-            self._condition.wait_for(lambda: self.count != seen, timeout)
+        # Not the condition's own, which a signal handler that raises would leave locked.
+        with at_rest(self._lock):
+            self._told.wait_for(lambda: self.count != seen, timeout)

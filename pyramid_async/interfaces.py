@@ -163,7 +163,8 @@ class IScheduler(Interface):
         """Return None for an unknown job, False for an unfinished one, else (value, exception).
 
         Exactly one of the pair counts.  The job is removed when the caller's transaction
-        commits, and kept when it aborts.  A dismissed job gives ``(None, JobDismissed())``.
+        commits, also where a savepoint that was taken before the call is rolled back, and kept
+        when it aborts.  A dismissed job gives ``(None, JobDismissed())``.
         """
 
     def remove(sid: str) -> None:

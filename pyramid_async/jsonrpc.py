@@ -12,12 +12,11 @@ from typing import Any
 
 from pyramid.httpexceptions import HTTPException
 from pyramid.response import Response
-from transaction.interfaces import TransientError
 
 from .documents import JSON, document, dumps, failure, problem, retry_after, to_json
-from .interfaces import IScheduler, NotSchedulable, SchedulerFull
+from .interfaces import NotSchedulable, SchedulerFull
 from .jobs import DISMISSED, FAILED
-from .resources import FULL_RETRY, add_resource
+from .resources import FULL_RETRY, add_resource, is_outage
 from .views import brief_outcome, outcome, root_of, visible
 
 log = logging.getLogger(__name__)
@@ -121,11 +120,13 @@ class Dispatcher:
     def result(self, name: str, params: Any) -> Any:
         try:
             return self.methods.call(name, params)
-        except (RpcError, HTTPException, TransientError):
+        except (RpcError, HTTPException):
             raise
         except SchedulerFull:
             raise Undone(BUSY, {"retryAfter": FULL_RETRY}) from None
         except Exception as error:
+            if is_outage(error):
+                raise
             error_id = token_hex(6)
             log.error("RPC method %r failed, errorID %s", name, error_id, exc_info=error)
             raise Undone(INTERNAL_ERROR, {"errorID": error_id}) from None
@@ -185,7 +186,7 @@ class Methods:
     def __init__(self, request: Any) -> None:
         self.request = request
         self.scheduler = request.scheduler
-        self.operations = request.registry.getUtility(IScheduler).operations
+        self.operations = self.scheduler.operations
         self.own = {
             "async.status": self.status,
             "async.result": self.job_result,
@@ -194,8 +195,8 @@ class Methods:
 
     def call(self, name: str, params: Any) -> Any:
         if name in self.own:
-            method = self.own[name]
-            return method(**bound(method, params))
+            args, kw = arguments(self.own[name], params)
+            return self.own[name](*args, **kw)
         if name in self.operations:
             return self.start(name, params)
         raise RpcError(METHOD_NOT_FOUND)
@@ -258,9 +259,3 @@ def arguments(f: Callable[..., Any], params: Any) -> tuple[list[Any], dict[str, 
     except ValueError:
         pass  # a function in C that tells no signature: its job will tell
     return args, kw
-
-
-def bound(f: Callable[..., Any], params: Any) -> dict[str, Any]:
-    """Return the parameters by name."""
-    args, kw = arguments(f, params)
-    return inspect.signature(f).bind(*args, **kw).arguments

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import secrets
+import time
 from collections import deque
 from contextlib import suppress
 from typing import Any
@@ -14,7 +15,7 @@ from transaction.interfaces import NoTransaction
 from ZODB.Connection import Connection
 
 from .interfaces import AsyncError
-from .transactional import OwnManager
+from .transactional import OwnManager, flush, manager_itself
 
 # Pid -> ids that were drawn and not used.  Not emptied by a hook of `os.fork`: a server that
 # forks in C (uWSGI) calls none.
@@ -60,6 +61,18 @@ def _renew_all() -> None:
 
 if hasattr(os, "register_at_fork"):  # not where there is no fork
     os.register_at_fork(after_in_child=_renew_all)
+
+
+def at_rest(lock: Any) -> Any:
+    """Return a lock once nobody holds it, or so it was a moment ago: ``with at_rest(lock):``.
+
+    For locks that are held for microseconds, by many threads.  Who waits in ``acquire`` is
+    handed the lock before the interpreter, and all the others queue up behind; who looks has
+    the interpreter when the lock is free.
+    """
+    while lock.locked():
+        time.sleep(0)
+    return lock
 
 
 class Identity:
@@ -130,25 +143,27 @@ class Connections:
 
     def forget_closed(self) -> None:
         """Forget a database that was closed: it would be nobody's, and fail whoever opens it."""
-        if self.db is not None and not self.db.databases:
+        db = self.db  # another thread may forget it meanwhile
+        if db is not None and not db.databases:
             self.db = None
 
     def open(self, tm: Any) -> Any:
         """Return the connection of the manager's transaction, or None: no database is known."""
-        if self.db is None:
+        db = self.db
+        if db is None:
             return None
         # A manager belongs to one thread, so no lock is needed; and none must be held here, for
         # to open a connection may take as long as a server is away.
         self._release_left()
         tm = manager_itself(tm)
         ours = vars(tm).get(self._name)
-        if ours is not None and (ours.opened is None or ours.db() is not self.db):
+        if ours is not None and (ours.opened is None or ours.db() is not db):
             ours = None  # closed with its database, or of another store that was where we are
-        theirs = [c for c in connections_of(tm, self.db) if c is not ours]
+        theirs = [c for c in connections_of(tm, db) if c is not ours]
         if theirs:
             return theirs[0]
         if ours is None:
-            ours = vars(tm)[self._name] = self.db.open(tm if type(tm) is OwnManager else Kept(tm))
+            ours = vars(tm)[self._name] = db.open(tm if type(tm) is OwnManager else Kept(tm))
             if type(tm) is not OwnManager and ours not in self._watched:
                 self._watched.add(ours)
                 finalize(ours, self._left.append, ours._normal_storage).atexit = False
@@ -169,7 +184,10 @@ class Connections:
 
 
 def refuse_two_connections(txn: Any) -> None:
-    """Let the commit fail, and not hang, where two connections to one database have changes."""
+    """Let the commit fail, and not hang, where two connections to one database have changes.
+
+    Nor does it hang where SQLAlchemy has some: see `flush`.
+    """
     try:
         txn.data(_check)
     except KeyError:
@@ -179,6 +197,7 @@ def refuse_two_connections(txn: Any) -> None:
 
 
 def _check(txn: Any) -> None:
+    flush(txn)
     databases = [r.db() for r in txn._resources if isinstance(r, Connection)]
     for db in databases:
         if databases.count(db) > 1:
@@ -213,16 +232,6 @@ class Kept:
     def abort(self) -> None:
         with suppress(NoTransaction):
             self._tm.abort()
-
-
-def manager_itself(tm: Any) -> Any:
-    """Return the manager of this thread where *tm* is ``transaction.manager``."""
-    return getattr(tm, "manager", tm)
-
-
-def pending(tm: Any) -> Any:
-    """Return the manager's transaction, or None; `get` would begin one, or raise."""
-    return manager_itself(tm)._txn
 
 
 def connections_of(tm: Any, db: Any) -> list[Any]:

@@ -17,7 +17,7 @@ from .conflicts import explain
 from .context import PersistentContext, map_references, refer, resolve_references
 from .interfaces import IJobStore, IJobTable, NotSchedulable, SchedulerFull
 from .jobs import FileResult, JobRecord, name_of
-from .process import Connections, Identity, renew_in_children
+from .process import Connections, Identity, at_rest, renew_in_children
 
 # Longest wait for another transaction between its vote and its finish, seconds.
 VOTE_TIMEOUT = 10.0
@@ -49,8 +49,9 @@ class RamStore:
         self.lock = threading.Lock()
         self.votes_ended = threading.Condition(self.lock)
         self.waiting = 0  # transactions that wait for the end of another one's vote
-        self.promised = 0  # records added by transactions that have not ended, and
-        self.left: list[int] = []  # numbers to subtract, for those that have
+        # Records added by transactions that have not ended: (id of the table, sid).  No number,
+        # which what a signal handler raises in the midst of a change would make wrong for ever.
+        self.promised: set[tuple[int, str]] = set()
         self.voted: set[Any] = set()  # sids and keys between tpc_vote and tpc_finish
 
     @property
@@ -124,7 +125,7 @@ class RamStore:
 
     def expire(self, now: float) -> None:
         """Forget the records that expired."""
-        with self.lock:
+        with at_rest(self.lock):
             while self.expiry and self.expiry[0][0] <= now:
                 self._expire_first()
 
@@ -136,25 +137,26 @@ class RamStore:
 
     # -- called by tables, under no lock
 
-    def promise(self) -> None:
+    def promise(self, table: int, sid: str) -> None:
         if self.closed:
             raise RuntimeError("the scheduler was stopped and runs no more jobs: make a new one")
-        with self.lock:
-            while self.left:
-                self.promised -= self.left.pop()
-            if len(self.pending) + self.promised >= self.max_pending:
+        with at_rest(self.lock):
+            if len(self.pending) + len(self.promised) >= self.max_pending:
                 raise SchedulerFull(self.max_pending)
-            self.promised += 1
+            self.promised.add((table, sid))
 
-    def vote(self, changed: dict[str, JobRecord], keys: dict[str, tuple[Any, str]]) -> None:
+    def vote(
+        self, changed: dict[str, JobRecord], keys: dict[str, tuple[Any, str]], ours: set[Any]
+    ) -> None:
         """Reserve records and keys for one transaction, or raise ConflictError.
 
-        Waits for a transaction that has voted on one of them, as a storage would.
+        They are noted in *ours* until `apply` or `unvote`.  Waits for a transaction that has
+        voted on one of them, as a storage would.
         """
         wanted: set[Any] = set(changed)
         if keys:
             wanted.update(("key", key) for key in keys)
-        with self.lock:
+        with at_rest(self.lock):
             if not self.voted.isdisjoint(wanted):
                 self._wait_for_votes(wanted)
             for sid, record in changed.items():
@@ -164,6 +166,7 @@ class RamStore:
                 # What was seen may have ended meanwhile, and so have given its key back.
                 if ("key", key) in self.voted or self.keys.get(key) not in (None, seen):
                     raise ConflictError(f"key {key!r} was taken by another transaction")
+            ours |= wanted  # first, for whoever is interrupted here gives back what is there
             self.voted |= wanted
 
     def _wait_for_votes(self, wanted: set[Any]) -> None:
@@ -178,24 +181,27 @@ class RamStore:
         return 0 if entry is None else entry[0]
 
     def apply(
-        self, changes: dict[str, dict[str, Any] | None], keys: dict[str, tuple[Any, str]]
+        self,
+        changes: dict[str, dict[str, Any] | None],
+        keys: dict[str, tuple[Any, str]],
+        ours: set[Any],
     ) -> None:
-        with self.lock:
-            for key, (_, sid) in keys.items():
-                if changes.get(sid) is not None:  # else it was removed by who scheduled it
-                    self.keys[key] = sid
+        with at_rest(self.lock):
             for sid, state in changes.items():
                 self._apply(sid, state)
-            self._unvote(changes, keys)
+            # Only now: who looks at a key meanwhile, without the lock, must find its job.
+            for key, (_, sid) in keys.items():
+                if sid in self.pending:  # else it was removed, or ended, by who scheduled it
+                    self.keys[key] = sid
+            self._unvote(ours)
 
-    def unvote(self, sids: Any, keys: Any) -> None:
-        with self.lock:
-            self._unvote(sids, keys)
+    def unvote(self, ours: set[Any]) -> None:
+        with at_rest(self.lock):
+            self._unvote(ours)
 
-    def _unvote(self, sids: Any, keys: Any) -> None:
-        self.voted.difference_update(sids)
-        if keys:
-            self.voted.difference_update(("key", key) for key in keys)
+    def _unvote(self, ours: set[Any]) -> None:
+        self.voted -= ours
+        ours.clear()
         if self.waiting:
             self.votes_ended.notify_all()
 
@@ -262,7 +268,7 @@ class RamTable:
         self.transaction_manager = tm
         self._connect = connect
         self._joined = False
-        self._voted = False
+        self._voted: set[Any] = set()  # sids and keys that are reserved for us
         self._records: dict[str, JobRecord] = {}  # as last read
         self._changed: dict[str, JobRecord] = {}  # written or added
         self._removed: set[str] = set()  # of those
@@ -315,8 +321,8 @@ class RamTable:
 
     def add(self, record: JobRecord) -> None:
         self._join()  # first: only a transaction that we take part in takes promises back
-        self.store.promise()
         self._added.add(record.sid)
+        self.store.promise(id(self), record.sid)
         # Where an expired record still has the sid, it is replaced.
         self._adopt(record, self.store.serial(record.sid))._p_changed = True
 
@@ -388,7 +394,7 @@ class RamTable:
         return [s["sid"] for s in self._ended(statuses) if s.get("owner") == owner]
 
     def _ended(self, statuses: Any) -> Iterator[dict[str, Any]]:
-        with self.store.lock:
+        with at_rest(self.store.lock):
             states = [state for _, state in self.store.states.values()]
         return (state for state in states if state.get("status") in statuses)
 
@@ -396,7 +402,7 @@ class RamTable:
         return ()  # there is nothing beside the records
 
     def _all(self, sids: Any, after: str | None = None) -> Iterator[tuple[str, JobRecord]]:
-        with self.store.lock:
+        with at_rest(self.store.lock):
             sids = {*sids, *self._changed}
         if after is not None:
             sids = sorted(sid for sid in sids if sid > after)
@@ -418,13 +424,13 @@ class RamTable:
         del self._changed[sid]
         self._records.pop(sid, None)
         if sid in self._added:
+            self.store.promised.discard((id(self), sid))
             self._added.discard(sid)
-            self.store.left.append(1)
 
     def _forget_promises(self) -> None:
         # No lock: the garbage collector may run while this very thread holds it.
         if self._added:
-            self.store.left.append(len(self._added))
+            self.store.promised.difference_update([(id(self), sid) for sid in self._added])
             self._added.clear()
 
     # -- the transaction's data manager
@@ -434,12 +440,12 @@ class RamTable:
         return f"~pyramid_async.ram:{id(self.store)}"
 
     def abort(self, txn: Any) -> None:
+        if self._voted:
+            self.store.unvote(self._voted)
         self._forget_promises()
-        for held in (self._records, self._changed, self._removed):
+        for held in (self._records, self._changed, self._removed, self._keys, self._seen):
             held.clear()
-        self._keys.clear()
-        self._seen.clear()
-        self._joined = self._voted = False
+        self._joined = False
 
     def tpc_begin(self, txn: Any) -> None:
         pass
@@ -448,20 +454,17 @@ class RamTable:
         pass
 
     def tpc_vote(self, txn: Any) -> None:
-        self.store.vote(self._changed, self._keys)
-        self._voted = True
+        self.store.vote(self._changed, self._keys, self._voted)
 
     def tpc_finish(self, txn: Any) -> None:
         states: dict[str, Any] = {
             sid: None if sid in self._removed else record.__getstate__()
             for sid, record in self._changed.items()
         }
-        self.store.apply(states, self._keys)
+        self.store.apply(states, self._keys, self._voted)
         self.abort(txn)
 
     def tpc_abort(self, txn: Any) -> None:
-        if self._voted:
-            self.store.unvote(self._changed, self._keys)
         self.abort(txn)
 
     def savepoint(self) -> _Savepoint:

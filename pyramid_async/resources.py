@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 DEFAULT_PREFIX = "/async"
 OF_THE_BODY = {"content-encoding", "content-length", "content-type"}
 _KEY = "pyramid_async.resources"
+# What drivers of SQL databases raise when theirs is away (PEP 249); they have no base in common.
+OUTAGES = {"OperationalError", "InterfaceError"}
 # Seconds after which a full store may have room.
 FULL_RETRY = 5
 
@@ -117,6 +119,10 @@ def refused(error: Any, request: Any) -> Any:
 def unavailable(error: TransientError, request: Any) -> Any:
     """Answer for a database that is out of reach, or conflicts without end."""
     log.warning("request %r was not answered: %r", request.path_info, error)
+    return out_of_reach()
+
+
+def out_of_reach() -> Any:
     return busy("The service is busy; try again.", 1)
 
 
@@ -129,4 +135,12 @@ def broken(error: Exception, request: Any) -> Any:
             return refusal
     error_id = token_hex(6)
     log.error("request %r failed, errorID %s", request.path_info, error_id, exc_info=error)
+    if is_outage(error):
+        return out_of_reach()
     return problem(500, errorID=error_id)
+
+
+def is_outage(error: Exception) -> bool:
+    """Say whether a database is away; of RelStorage's only the driver tells."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return isinstance(error, TransientError) or bool(OUTAGES & names)

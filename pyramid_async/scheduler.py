@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from hashlib import blake2b
 from typing import Any, Literal, NamedTuple, TypeGuard
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import transaction
 from persistent import Persistent
 from transaction.interfaces import TransientError
 from zope.interface import implementer
 
-from .current import Changes, current_job
+from .current import current_job
 from .interfaces import (
     BadRecord,
     IScheduler,
@@ -91,40 +91,22 @@ class Scheduler:
     """See IScheduler.  Cheap to make: one for each request and each `using`."""
 
     def __init__(
-        self,
-        worker: Worker,
-        executor: Any,
-        settings: dict[str, Any] | None = None,
-        *,
-        operations: dict[str, Operation] | None = None,
-        tm: Any = None,
-        caller: Caller = NOBODY,
-        options: dict[str, Any] | None = None,
+        self, worker: Worker, executor: Any, settings: dict[str, Any] | None = None
     ) -> None:
         self.worker = worker
         self.store = worker.store
         self.executor = executor
         self.settings = settings or {}
-        self.operations: dict[str, Operation] = {} if operations is None else operations
-        self._tm = tm
-        self._caller = caller
-        self._options = options or {}
-
-    @property
-    def changes(self) -> Changes:
-        return self.worker.changes
+        self.operations: dict[str, Operation] = {}
+        self._tm: Any = None
+        self._caller = NOBODY
+        self._options: dict[str, Any] = {}
 
     def bind(self, tm: Any, caller: Caller = NOBODY) -> Scheduler:
         """Return this scheduler for another transaction manager and caller."""
-        return Scheduler(
-            self.worker,
-            self.executor,
-            self.settings,
-            operations=self.operations,
-            tm=tm,
-            caller=caller,
-            options=self._options,
-        )
+        bound = object.__new__(type(self))
+        vars(bound).update(vars(self), _tm=tm, _caller=caller)
+        return bound
 
     def using(self, *, tm: Any = None, **options: Any) -> Scheduler:
         """See IScheduler."""
@@ -247,6 +229,9 @@ class Scheduler:
 
     def _collected(self, record: JobRecord) -> None:
         table = self._table()
+        now = table.get(record.sid)
+        if now is not None and not now.done:
+            return  # it ended in this transaction, and a savepoint took that back
         # The record as it was read: of two who collect it at once, one must conflict.
         if not table.is_removed(record):
             table.remove(record)
@@ -439,7 +424,8 @@ class PersistentTransactionalScheduler(Persistent):
 
     Put one into the database, commit, and use it from any connection, in the transaction of
     that connection.  Jobs that a dead process left are run again by the next one that uses
-    the scheduler.
+    the scheduler.  Call `stop` in each of them before you take it out of the database: a pack would
+    leave its threads there without their records.
     """
 
     timeout = 3600.0  # seconds that a finished job is kept for who may still ask
@@ -490,6 +476,8 @@ class PersistentTransactionalScheduler(Persistent):
         db, oid = key = self._key()
         scheduler = _in_use.get(key)
         if not _serves(scheduler):
+            if db in _closing or not db.databases:
+                raise ValueError(f"the database of {self!r} is closed")
             with _in_use_locks.setdefault(os.getpid(), threading.Lock()):
                 scheduler = _in_use.get(key)
                 if not _serves(scheduler):
@@ -528,10 +516,12 @@ def stop_before_close(db: Any) -> None:
 
     def stop_and_close() -> None:
         ours = {key: use for key, use in list(_in_use.items()) if key[0] is db}
+        _closing.add(db)  # else whoever uses one while the others stop would start it anew
         try:
             stop_together([use.executor for use in ours.values()])
             close()
         finally:
+            _closing.discard(db)
             for key, use in ours.items():
                 _forget(key, use)
 
@@ -556,6 +546,8 @@ def _forget(key: tuple[Any, bytes], scheduler: Scheduler) -> None:
 # (database, oid of the scheduler) -> what runs its jobs in this process, until `stop` or until
 # the database closes.
 _in_use: dict[tuple[Any, bytes], Scheduler] = {}
+# Databases that are being closed.
+_closing: Any = WeakSet()
 # Database -> oids of the schedulers that were ever in use in this process.
 _used: Any = WeakKeyDictionary()
 # One a process: a fork may have copied a lock that is held.

@@ -76,10 +76,11 @@ def _url(value: Any) -> str:
     return str(value)
 
 
-SECONDS = "seconds, 0 or more"
-INTERVAL = "seconds, more than 0"
-COUNT = "a whole number, 0 or more"
-POSITIVE = "a whole number, 1 or more"
+# Conversion, what is allowed.
+SECONDS = (_seconds, "seconds, 0 or more")
+INTERVAL = (_interval, "seconds, more than 0")
+COUNT = (_count, "a whole number, 0 or more")
+POSITIVE = (_positive, "a whole number, 1 or more")
 
 SETTINGS = (
     Setting(
@@ -98,83 +99,72 @@ SETTINGS = (
     ),
     Setting(
         "workers",
-        _count,
-        COUNT,
+        *COUNT,
         2,
         "Worker threads in a process; each uses one connection to each database."
         " 0: this process schedules jobs and runs none.",
     ),
     Setting(
         "max_pending",
-        _positive,
-        POSITIVE,
+        *POSITIVE,
         10_000,
         "Jobs that may wait in a process. RAM store: unfinished jobs, more are refused;"
         " ZODB store: those beyond wait in the database and are fetched from there.",
     ),
     Setting(
         "conflict_attempts",
-        _positive,
-        POSITIVE,
+        *POSITIVE,
         10,
         "How often a job that meets a conflict is tried in all, before it fails.",
     ),
     Setting(
         "max_attempts",
-        _positive,
-        POSITIVE,
+        *POSITIVE,
         3,
         "How often a job whose process dies, or that raises what retry_on names, is tried in all,"
         " before it fails.",
     ),
     Setting(
         "heartbeat",
-        _interval,
-        INTERVAL,
+        *INTERVAL,
         10.0,
         "Seconds between two signs of life of a process that runs jobs; one small commit each.",
     ),
     Setting(
         "lease",
-        _interval,
-        INTERVAL,
+        *INTERVAL,
         60.0,
         "Seconds without a sign of life after which a process counts as dead; at least"
         " 3 heartbeats.",
     ),
     Setting(
         "result_timeout",
-        _seconds,
-        SECONDS,
+        *SECONDS,
         3600.0,
         "Seconds that a finished job and its result are kept.",
     ),
     Setting(
         "maintenance_interval",
-        _interval,
-        INTERVAL,
+        *INTERVAL,
         5.0,
         "Seconds between two looks for lost and expired jobs; reads only, unless it finds some.",
     ),
     Setting(
         "shutdown_timeout",
-        _seconds,
-        SECONDS,
+        *SECONDS,
         5.0,
         "Seconds that running jobs get to end when the process stops; those that do not are given"
         " back, for which it takes one more at most.",
     ),
     Setting(
         "wait_max",
-        _seconds,
-        SECONDS,
+        *SECONDS,
         20.0,
         "Longest time that a status request is held, seconds.",
     ),
     Setting(
         "wait_slots",
-        _count,
-        COUNT,
+        *COUNT,
         2,
         "Requests that may be held at one time in a process, each by a thread of the server."
         " 0: none.",

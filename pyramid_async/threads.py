@@ -96,6 +96,11 @@ class ThreadExecutor:
 
     def start(self) -> None:
         """Start the threads of this process, once."""
+        self._start()
+        if self.stopped:
+            self.stop(0)  # which found nothing started when it was called, a moment ago
+
+    def _start(self) -> None:
         with self._locks.setdefault(os.getpid(), threading.Lock()):
             if self._pid == os.getpid() or self.stopped:
                 return
@@ -140,6 +145,8 @@ class ThreadExecutor:
                 self._let_go(item[0])
 
     def _let_go(self, sid: str) -> None:
+        if sid in self.worker.running:
+            return  # it was put twice at once, and another thread, which has it, will let it go
         self.held.discard(sid)
         if sid in self._again:
             self._again.discard(sid)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -34,9 +33,6 @@ import transaction
 from transaction.interfaces import NoTransaction, TransientError
 
 log = logging.getLogger(__name__)
-
-# Longest pause between two attempts at a conflicting commit, seconds.
-LONGEST_PAUSE = 5.0
 
 # Seconds after which `transact` repeats nothing: a server that is away was waited for already.
 PATIENCE = 5.0
@@ -67,7 +63,7 @@ def mark(txn: Any) -> Any:
     it only where it is that manager's.
     """
     _set_mark(txn)
-    if transaction.manager.manager._txn is not txn:  # which is looked at without being listed
+    if pending(transaction.manager) is not txn:  # which is looked at without being listed
         _thread.marked.add(txn)
     return txn
 
@@ -84,13 +80,11 @@ def is_managed(txn: Any) -> bool:
         return False
 
 
-def backoff(
-    attempts: int, initial: float, factor: float = 2, most: float = math.inf
-) -> Iterator[float]:
-    """Yield as many random delays, each between 0 and a bound that grows up to *most*."""
+def backoff(attempts: int, initial: float, factor: float = 2) -> Iterator[float]:
+    """Yield as many random delays, each between 0 and a bound that grows."""
     bound = float(initial)
     for _ in range(attempts):
-        yield random.uniform(0, min(bound, most))
+        yield random.uniform(0, bound)
         bound *= factor
 
 
@@ -157,7 +151,7 @@ class TransactionManager:
         so that the transactional functions it calls afterwards join again.
         """
         manager = _manager(self)
-        if manager.explicit and transaction_of(manager) is not None:
+        if pending(manager) is not None:
             manager.abort()
         txn = manager.begin()
         _set_mark(txn)
@@ -181,7 +175,7 @@ class TransactionManager:
         return call
 
     def _joins(self) -> bool:
-        txn = transaction_of(_manager(self))
+        txn = pending(_manager(self))
         if txn is not None and is_managed(txn):
             return True
         return self.manager is None and any(map(is_managed, _thread.marked))
@@ -228,7 +222,7 @@ class TransactionManager:
         """
         if not isinstance(error, Exception):
             return False
-        txn = transaction_of(_manager(self))
+        txn = pending(_manager(self))
         return isinstance(error, TransientError) or (
             txn is not None and txn.isRetryableError(error)
         )
@@ -240,15 +234,16 @@ class TransactionManager:
         finally:
             self._abort()
 
-    # An explicit manager has no transaction when the function ended its own by itself.
+    # There is no transaction when the function ended its own by itself.
 
     def _commit(self) -> None:
-        txn = transaction_of(_manager(self))
+        txn = pending(_manager(self))
         if txn is not None:
+            flush(txn)
             txn.commit()
 
     def _abort(self) -> None:
-        txn = transaction_of(_manager(self))
+        txn = pending(_manager(self))
         if txn is not None:
             txn.abort()
 
@@ -260,12 +255,26 @@ def _manager(owner: Any) -> Any:
     return transaction.manager if owner.manager is None else owner.manager
 
 
-def transaction_of(manager: Any) -> Any:
-    """Return the manager's transaction, or None where an explicit manager has none."""
-    try:
-        return manager.get()
-    except NoTransaction:
-        return None
+def manager_itself(tm: Any) -> Any:
+    """Return the manager of this thread where *tm* is ``transaction.manager``."""
+    return getattr(tm, "manager", tm)
+
+
+def pending(tm: Any) -> Any:
+    """Return the manager's transaction, or None; `get` would begin one, or raise."""
+    return manager_itself(tm)._txn
+
+
+def flush(txn: Any) -> None:
+    """Let SQLAlchemy's sessions send what they hold, before the commit.
+
+    zope.sqlalchemy does it in the commit, where the storage is locked already: it would wait for
+    ever for a row of another transaction that waits for the storage.
+    """
+    for resource in txn._resources:  # which may grow: a flush may write through another session
+        session: Any = getattr(resource, "session", None)
+        if hasattr(session, "flush"):
+            session.flush()
 
 
 def _name(f: Callable[..., Any]) -> str:
@@ -296,7 +305,7 @@ def transact(store: Any, work: Callable[[Any], Any], attempts: int = 5) -> Any:
     Commits.  Conflicts are tried again, *attempts* times in all; so *work* must find its own
     earlier work done, should the reply to a commit be lost.
     """
-    pauses, begun = backoff(attempts - 1, 0.01, most=LONGEST_PAUSE), monotonic()
+    pauses, begun = backoff(attempts - 1, 0.01), monotonic()
     while True:
         tm = OwnManager()
         tm.begin()

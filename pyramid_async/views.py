@@ -9,7 +9,6 @@ from typing import Any
 from pyramid.interfaces import IRootFactory, ISecurityPolicy
 from pyramid.response import Response
 from pyramid.traversal import DefaultRootFactory
-from transaction.interfaces import TransientError
 
 from .cors import add_cors, protect
 from .documents import (
@@ -27,7 +26,7 @@ from .inputs import parameters
 from .interfaces import IScheduler
 from .jobs import DISMISSED, SUCCESSFUL, TICKS, JobStatus
 from .listing import page
-from .resources import FULL_RETRY, add_refusals, add_resource
+from .resources import FULL_RETRY, add_refusals, add_resource, is_outage
 from .results import response_of
 from .waiting import add_slots, hold
 
@@ -216,9 +215,9 @@ def outcome(scheduler: Any, sid: str) -> tuple[JobStatus, Any]:
     """Return the status and the value, NOTHING where it cannot be loaded; or raise the 404."""
     try:
         found = scheduler.outcome(sid)
-    except TransientError:
-        raise
-    except Exception:
+    except Exception as error:
+        if is_outage(error):
+            raise
         # A class or an object that it refers to is gone; the job can be seen and removed still.
         log.exception("the result of job %r cannot be loaded", sid)
         job = scheduler.status(sid)

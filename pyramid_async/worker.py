@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,7 +13,7 @@ from typing import Any
 
 from transaction.interfaces import TransientError
 
-from .attempt import LASTING, Attempt, NotDue, NotOurs, Passing, Surroundings, Unreliable
+from .attempt import LASTING, Attempt, Gone, NotDue, NotOurs, Passing, Surroundings, Unreliable
 from .current import Changes, Job
 from .failures import failure_of, members
 from .interfaces import JobDismissed, JobFailed, JobInterrupted, JobStopped, JobTaken
@@ -28,12 +29,15 @@ from .jobs import (
     Live,
     class_name,
 )
-from .transactional import LONGEST_PAUSE, backoff, transact
+from .transactional import transact
 
 log = logging.getLogger(__name__)
 
 # Longest time that a stop takes beyond its deadline, to give back what still runs, seconds.
 GIVE_BACK = 1.0
+
+# Longest pause between two attempts at a conflicting commit, seconds.
+LONGEST_PAUSE = 5.0
 
 # Longest delay before a job is tried again by `retry_on`, seconds.
 LONGEST_DELAY = 300.0
@@ -249,7 +253,7 @@ class Worker:
         job.record_read = False
         try:
             surroundings = self.surroundings()
-            self.attempt(job, self.store, surroundings, self.result_timeout, self._tell_begun).run()
+            self.attempt(job, self.store, surroundings, self.result_timeout, self.tell).run()
         except BaseException as error:
             return self._end(job, error, conflicts, time.monotonic() - begun)
         return self._end(job, None, conflicts, 0.0)
@@ -307,9 +311,6 @@ class Worker:
     def _give_back(self, job: Job, why: Any) -> None:
         log.info("job %r is given back: %s", job.sid, why)
         transact(self.store, lambda table: self._release(job, table))
-
-    def _tell_begun(self, job: Job) -> None:
-        self.tell(job.sid, RUNNING)
 
     def _not_ours(self, job: Job, record: JobRecord | None) -> None:
         """Tell what an earlier commit of ours, whose reply was lost, made of the job."""
@@ -374,7 +375,7 @@ class Worker:
         record.failure = failure
         record.reach(job.percent)
         if self._may_retry(record, error):
-            again = now + next(backoff(1, doubled(record.attempts), most=LONGEST_DELAY))
+            again = now + random.uniform(0, min(doubled(record.attempts), LONGEST_DELAY))
             record.retry(now, again, self.holder)
             return ACCEPTED, again
         record.exception = self._storable(kept, failure, table)
@@ -458,7 +459,7 @@ class Conflicts:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.tried = self.spoilt = 0
+        self.tried = self.spoilt = self.gone = 0
         self.checkpoints = 0
 
     def pause(self, checkpoints: int, elapsed: float, error: TransientError) -> float | None:
@@ -470,7 +471,8 @@ class Conflicts:
         if checkpoints != self.checkpoints:
             self.checkpoints, self.tried, self.spoilt = checkpoints, 0, 0
         self.spoilt += isinstance(error, Unreliable)
+        self.gone += isinstance(error, Gone)  # which no checkpoint brings back
         self.tried += 1
-        if self.spoilt >= 3 or self.tried - self.spoilt >= self.limit:
+        if max(self.spoilt, self.gone) >= 3 or self.tried - self.spoilt >= self.limit:
             return None
-        return next(backoff(1, max(0.01, elapsed) * doubled(self.tried), most=LONGEST_PAUSE))
+        return random.uniform(0, min(max(0.01, elapsed) * doubled(self.tried), LONGEST_PAUSE))

@@ -29,8 +29,8 @@ from .conflicts import explain
 from .context import dumps, loads
 from .interfaces import AsyncError, BadRecord, IJobStore, IJobTable, NotSchedulable
 from .jobs import DISMISSED, FAILED, SUCCESSFUL, JobRecord, name_of
-from .process import Connections, Identity, pending, refuse_two_connections
-from .transactional import OwnManager, TransactionManager, transact
+from .process import Connections, Identity, refuse_two_connections
+from .transactional import OwnManager, TransactionManager, manager_itself, pending, transact
 from .zeo import forget_oids_on_reconnect, unwrapped
 
 ROOT_KEY = "pyramid_async"
@@ -120,6 +120,16 @@ class OpenedBeforeFork(AsyncError, RuntimeError):
         )
 
 
+class NotInstalled(AsyncError, RuntimeError):
+    """The database has no place for records."""
+
+    def __str__(self) -> str:
+        return (
+            "the database has no place for jobs, which config.make_wsgi_app() makes: call it, in a"
+            " test too, before the request looks at the database"
+        )
+
+
 @implementer(IJobStore)
 class ZodbStore:
     """See IJobStore.  *locate* finds the JobRoot from an open connection."""
@@ -152,9 +162,8 @@ class ZodbStore:
         if self.pid != os.getpid():
             raise OpenedBeforeFork(self.pid, os.getpid())
         connection = connect() if connect else self.connections.open(tm)
-        txn = pending(tm)
-        if txn is not None:
-            refuse_two_connections(txn)
+        if pending(tm) is not None or not manager_itself(tm).explicit:
+            refuse_two_connections(tm.get())
         return ZodbTable(connection, self.locate(connection), tm, self.clock)
 
     def release(self, tm: Any) -> None:
@@ -178,19 +187,6 @@ class ZodbStore:
 
     def explain(self, error: BaseException) -> str:
         return explain(error, self.db)
-
-    # -- maintenance: its own short transactions, so that no job's commit meets a bookkeeper
-
-    def archive(self, sids: list[str]) -> None:
-        """Move finished records out of ``unfinished`` and note when they expire."""
-        for start in range(0, len(sids), BATCH):
-            batch = sids[start : start + BATCH]
-            transact(self, partial(ZodbTable.archive_all, sids=batch))
-
-    def expire(self, now: float) -> None:
-        """Remove the archived records that expired."""
-        while transact(self, lambda table: table.expire_batch(now, BATCH)) == BATCH:
-            pass
 
     def reference(self, f: Any) -> str:
         return dotted_name(f)
@@ -217,6 +213,19 @@ class ZodbStore:
         data = stored.data if isinstance(stored, Large) else stored
         return loads(data, table.connection)
 
+    # -- maintenance: its own short transactions, so that no job's commit meets a bookkeeper
+
+    def archive(self, sids: list[str]) -> None:
+        """Move finished records out of ``unfinished`` and note when they expire."""
+        for start in range(0, len(sids), BATCH):
+            batch = sids[start : start + BATCH]
+            transact(self, partial(ZodbTable.archive_all, sids=batch))
+
+    def expire(self, now: float) -> None:
+        """Remove the archived records that expired."""
+        while transact(self, lambda table: table.expire_batch(now, BATCH)) == BATCH:
+            pass
+
 
 def innermost(storage: Any) -> Any:
     """Return the storage that others wrap; in a BlobStorage it has no public name."""
@@ -232,7 +241,10 @@ def utc(moment: float) -> str:
 
 def locate_root(connection: Any) -> JobRoot:
     """Return the JobRoot of the connection's database; the store's `install` made it."""
-    return connection.root()[ROOT_KEY]
+    root = connection.root().get(ROOT_KEY)
+    if root is None:
+        raise NotInstalled()
+    return root
 
 
 def dotted_name(f: Any) -> str:

@@ -7,6 +7,7 @@ import contextvars
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from decimal import Decimal
 
 import pytest
@@ -356,3 +357,19 @@ def test_wait_for_changes_ends():
     changes = Changes()
     changes.wait(changes.count, 0)
     assert changes.count == 0
+
+
+class Interrupted(threading.Condition):
+    """A condition that a signal meets when it has its lock."""
+
+    def __enter__(self):
+        super().__enter__()
+        raise KeyboardInterrupt
+
+
+def test_wait_that_is_interrupted_at_its_begin_locks_nobody_out():
+    changes = Changes()
+    changes._told = Interrupted(changes._lock)
+    with suppress(KeyboardInterrupt):
+        changes.wait(changes.count, 0)
+    assert not changes._lock.locked()

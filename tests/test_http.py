@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 import time
 from base64 import b64encode
 from functools import partial
@@ -764,6 +765,14 @@ def test_job_of_nobody_is_seen_by_whoever_has_its_id(web):
         web.get(url, headers=as_user(user), status=200)
 
 
+def test_policy_that_raises_does_not_tell_which_jobs_exist():
+    """Where pyramid_tm does not ask it first."""
+    with browser({"tm.annotate_user": "false"}) as web:
+        url, _ = web.finished(echo, user="alice")
+        for asked in (url, "/async/" + "0" * 32):
+            web.get(asked, headers=as_user("expired"), status=401)
+
+
 def test_default_permission_of_the_application_does_not_count():
     with browser(routes=lambda config: config.set_default_permission("nobody has it")) as web:
         url, _ = web.finished(echo)
@@ -1058,9 +1067,10 @@ def test_defect_behind_the_router_is_a_500_too(web, monkeypatch, caplog):
     assert response.headers["Access-Control-Allow-Origin"] == ORIGIN
 
 
-def test_database_out_of_reach_is_a_503_that_says_when(web, monkeypatch):
+@pytest.mark.parametrize("error", [TransientError, sqlite3.OperationalError])
+def test_database_out_of_reach_is_a_503_that_says_when(web, monkeypatch, error):
     def out_of_reach(*args):
-        raise TransientError("disconnected")
+        raise error("disconnected")
 
     url, _ = web.finished(echo)
     for owner, name in [(web.scheduler.store, "table"), (Scheduler, "outcome")]:

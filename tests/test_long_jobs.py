@@ -14,6 +14,7 @@ from BTrees.OOBTree import OOBTree
 from ZEO.Exceptions import ClientDisconnected
 from ZODB import DB
 from ZODB.MappingStorage import MappingStorage
+from ZODB.POSException import ConflictError
 from zope.interface import directlyProvides, providedBy
 
 from pyramid_async import current_job
@@ -243,6 +244,36 @@ def terminate(system):
     system.admin.cursor().execute(
         "select pg_terminate_backend(pid) from pg_stat_activity where datname = %s", (system.name,)
     )
+
+
+def conflict(system, rival):
+    """Return the conflict that a write meets when its rival wrote first."""
+
+    def write(table):
+        table.connection.root()["n"] = "loser"
+
+        def write_first(root):
+            root["n"] = rival
+            root._p_jar.transaction_manager.get().note(rival)
+
+        system.change(write_first)
+
+    with pytest.raises(ConflictError) as caught:
+        transact(system.store, write, attempts=1)
+    return caught.value
+
+
+def test_explaining_conflicts_sees_the_last_of_them_and_leaves_no_transaction(on_relstorage):
+    explain, history = on_relstorage.store.explain, on_relstorage.store.db.supportsUndo()
+    for rival in ("the first", "the second"):
+        told = explain(conflict(on_relstorage, rival))
+        assert told.endswith(f", written by {rival!r}" if history else " 0x00")
+    cursor = on_relstorage.admin.cursor()
+    cursor.execute(
+        "select count(*) from pg_stat_activity where datname = %s and xact_start is not null",
+        (on_relstorage.name,),
+    )
+    assert cursor.fetchone() == (0,)
 
 
 @pytest.mark.parametrize("job", [interrupted, interrupted_after_a_checkpoint])

@@ -372,6 +372,8 @@ def test_key_of_a_job_shows_nobody_the_job_of_another(web, gates):
     for user in ("mallory", None):
         response = web.post_json("/start/behind_gate", body, headers=as_user(user), status=503)
         assert int(response.headers["Retry-After"]) >= 1
+        assert response.headers["Cache-Control"] == "no-store"
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
         assert url[-32:] not in response
         assert "secret" not in response
     for user in ("alice", "admin"):

@@ -10,7 +10,7 @@ import pytest
 import transaction
 from BTrees.OOBTree import OOBTree
 from transaction.interfaces import TransientError
-from ZODB.POSException import ConflictError, ReadConflictError
+from ZODB.POSException import ConflictError, POSKeyError, ReadConflictError
 
 from pyramid_async import current_job
 from pyramid_async.interfaces import JobTimeout, NotSchedulable, SchedulerFull
@@ -243,7 +243,7 @@ def fail_first(log):
 
 @pytest.fixture
 def no_delay(monkeypatch):
-    """Retry at once: the delays are tested with `backoff`."""
+    """Retry at once, nearly."""
     monkeypatch.setattr("pyramid_async.worker.LONGEST_DELAY", 0.01)
 
 
@@ -486,6 +486,54 @@ def test_a_job_that_reads_what_was_packed_away_is_repeated(system, wait_for):
     assert system.finished(sid, wait_for).status == "successful"
     assert system.scheduler.get_result(sid) == (2, None)
     assert stage.calls == ["swallowed"]
+
+
+def read_what_was_removed(root):
+    stage.calls.append("called")
+    root._p_jar.cacheMinimize()
+    other = root.get("other")
+    stage.reached.set()
+    assert stage.go.wait(10)
+    return None if other is None else other["n"]
+
+
+def test_a_job_that_reads_what_was_removed_and_packed_away_is_repeated(system, wait_for):
+    system.root["other"] = OOBTree({"n": 1})
+    system.commit()
+    sid = system.scheduler.schedule(read_what_was_removed, system.root)
+    system.commit()
+    wait_for(stage.reached)
+    transaction.begin()
+    del system.root["other"]
+    system.commit()
+    system.db.pack(time.time() + 1)
+    stage.go.set()
+    assert system.finished(sid, wait_for).status == "successful"
+    assert stage.calls == ["called", "called"]
+
+
+def read_nothing(root):
+    stage.calls.append("called")
+    raise POSKeyError(b"nowhere!")
+
+
+def test_a_job_that_reads_what_is_nowhere_fails_with_that_in_the_end(system, wait_for):
+    sid = system.scheduler.schedule(read_nothing, system.root)
+    system.commit()
+    assert system.finished(sid, wait_for).failure.class_name == "POSKeyError"
+    assert stage.calls == ["called"] * 3
+
+
+def read_nothing_after_a_checkpoint(root):
+    current_job().checkpoint(None)
+    read_nothing(root)
+
+
+def test_what_is_nowhere_is_not_looked_for_anew_after_each_checkpoint(system, wait_for):
+    sid = system.scheduler.schedule(read_nothing_after_a_checkpoint, system.root)
+    system.commit()
+    assert system.finished(sid, wait_for).failure.class_name == "POSKeyError"
+    assert stage.calls == ["called"] * 3
 
 
 # -- a frozen attempt, and a pack

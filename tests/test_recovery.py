@@ -26,6 +26,7 @@ from ZODB.POSException import ConflictError
 
 from pyramid_async import current_job
 from pyramid_async.attempt import Attempt
+from pyramid_async.current import Job
 from pyramid_async.interfaces import JobTaken
 from pyramid_async.jobs import FRESH, Live
 from pyramid_async.prefork import Hints
@@ -716,6 +717,22 @@ def test_job_that_its_living_process_does_not_list_is_rescued(machines, key, at)
         assert CALLS[key] == [1, 2]
 
 
+def test_newer_attempt_at_an_unlisted_job_is_given_its_two_beats_too(machines, key):
+    with gate() as busy:
+        one, other = machines.process(), machines.process()
+        one.schedule(count_behind_gate, ROOT, key, busy)
+        GATES[busy].reach()
+        sid = one.plant(note, key)
+        for signature in ("lost", "newer", "newer"):
+            one.record(sid, status="running", holder=one.store.process, signature=signature)
+            one.recovery.beat()
+            other.recovery.look()
+            assert other.executor.held == set()
+        one.recovery.beat()
+        other.recovery.look()
+        other.wait(sid)
+
+
 def test_job_that_waits_in_a_living_process_is_not_unlisted(machines, key, at):
     one, other = machines.process(), machines.process()
     with frozen(one, key, at):
@@ -767,6 +784,8 @@ def test_sign_lists_what_runs_and_shows_its_progress_to_others(machines, key, at
     status = other.status(sid)
     assert (status.status, status.progress, status.message) == ("running", 50, "half way")
     assert read_signs(other) == {one.store.process: (1, {sid})}
+    with other.transaction() as (table, _):
+        assert table.sign(one.store.process).at == machines.clock.now
     GATES[at].opened.set()
     one.wait(sid)
 
@@ -913,6 +932,19 @@ def test_dismissal_by_another_process_reaches_the_running_job(machines, key, at)
     while not CALLS[key]:
         one.executor.threads[0].join(0.005)
     assert type(CALLS[key][0]) is JobTaken
+
+
+def test_job_that_has_not_begun_is_not_taken_for_one_that_was_removed(db):
+    """Its record may be younger than what is seen."""
+    with process("zodb", db) as one:
+        one.worker.running["0" * 32] = job = Job("0" * 32)
+        one.recovery.tell()
+        job.check()
+        job.begun = True
+        one.recovery.tell()
+        with pytest.raises(JobTaken):
+            job.check()
+        one.worker.running.clear()
 
 
 def test_removal_by_another_process_reaches_the_running_job(machines, key, at):

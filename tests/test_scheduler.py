@@ -31,7 +31,7 @@ from pyramid.threadlocal import get_current_registry, get_current_request
 from pyramid.threadlocal import manager as threadlocals
 from pyramid_zodbconn import get_connection
 from transaction.interfaces import DoomedTransaction, TransientError
-from webapp import GATES, Barrier, Policy, gate, special
+from webapp import GATES, Barrier, Policy, SqlSession, gate, special
 from webtest import TestApp
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import ConflictError, ReadConflictError
@@ -1071,6 +1071,20 @@ def test_collected_job_goes_although_a_savepoint_took_its_removal_back(web):
     assert web.status(sid) is None
 
 
+@in_both_stores
+def test_job_whose_dismissal_was_collected_goes_on_when_a_savepoint_took_that_back(web, key):
+    sid = web.schedule(note, key, run_after=3600)
+
+    def cancel_and_hesitate(request):
+        savepoint = request.tm.savepoint()
+        assert request.scheduler.cancel(sid)
+        assert request.scheduler.get_result(sid)
+        savepoint.rollback()
+
+    web.do(cancel_and_hesitate)
+    assert web.status(sid).status == "accepted"
+
+
 def test_result_that_could_not_be_loaded_stays_although_the_reader_commits(zodb, monkeypatch):
     sid = zodb.schedule(special, "of a class that goes")
     zodb.wait(sid)
@@ -1438,6 +1452,21 @@ def test_job_that_never_checks_and_took_too_long_fails_and_has_no_effects(web):
 
 
 @in_both_stores
+def test_job_of_another_manager_does_not_wait_for_the_commit_of_the_request(web):
+    def schedule(request):
+        tm = transaction.TransactionManager(explicit=True)
+        tm.begin()
+        sid = request.scheduler.using(tm=tm).schedule(give, 1)
+        tm.commit()
+        web.scheduler.store.release(tm)
+        return sid, web.status(sid)
+
+    sid, status = web.do(schedule)
+    assert status is not None
+    assert web.outcome(sid) == (1, None)
+
+
+@in_both_stores
 def test_key_makes_one_job_until_it_is_finished(web, at):
     def schedule(request):
         return request.scheduler.using(key="report").schedule(at_gate, at)
@@ -1464,7 +1493,7 @@ def test_key_makes_one_job_within_one_request(web):
 
 @in_both_stores
 def test_retry_on_tries_again_and_the_success_shows_no_failure(web, key, monkeypatch):
-    monkeypatch.setattr("pyramid_async.worker.backoff", lambda *args, **kw: iter([0.0] * 5))
+    monkeypatch.setattr("pyramid_async.worker.LONGEST_DELAY", 0.0)
     sid = web.schedule(fail_first, key, retry_on=(KeyError, OSError), max_attempts=3)
     assert web.outcome(sid) == (2, None)
     status = web.status(sid)
@@ -1480,7 +1509,7 @@ def fail_first(key):
 
 @in_both_stores
 def test_retry_on_ends_with_max_attempts(web, key, monkeypatch):
-    monkeypatch.setattr("pyramid_async.worker.backoff", lambda *args, **kw: iter([0.0] * 5))
+    monkeypatch.setattr("pyramid_async.worker.LONGEST_DELAY", 0.0)
     sid = web.schedule(note_and_fail, key, retry_on=ZeroDivisionError, max_attempts=3)
     _value, error = web.outcome(sid)
     assert type(error) is ZeroDivisionError
@@ -1526,6 +1555,7 @@ def test_status_tells_a_jobs_life(web, at):
     )
     assert (done.sid, done.owner, done.title, done.progress) == (sid, "ann", "T", 100)
     assert done.created <= done.started <= done.finished < done.expires
+    assert done.started == running.started
     assert done.revision > running.revision
     assert isinstance(done, JobStatus)
     with pytest.raises(AttributeError):
@@ -2338,6 +2368,18 @@ def test_view_that_writes_through_a_second_connection_and_schedules_fails(web, k
         web.do(view)
     assert web.read(lambda root: "beside" not in root)
     assert web.run(add, 1, 2) == 3
+
+
+@everywhere("ZODB, default, once", "two ZODBs, explicit, retry")
+def test_sql_of_a_view_that_schedules_is_sent_before_the_commit_locks_the_database(web, key):
+    locked, lock = [], web.databases[""].storage._commit_lock
+
+    def view(request):
+        request.tm.get().join(SqlSession(lambda: locked.append(lock.locked())))
+        return request.scheduler.schedule(note, key)
+
+    web.wait(web.do(view))
+    assert locked[0] is False
 
 
 @with_zodb

@@ -13,7 +13,7 @@ import ZODB
 from bare import Clock, LosesReply, memory
 from BTrees.OOBTree import OOBTree
 from persistent import Persistent
-from webapp import GATES, gate
+from webapp import GATES, SqlSession, gate
 from ZODB.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import ConflictError
@@ -528,6 +528,16 @@ def test_persistent_scheduler_takes_named_functions_alone(persistent):
         persistent.scheduler.schedule(lambda: None)
 
 
+def test_sql_is_sent_before_the_database_is_locked_where_scheduling_begins_the_transaction(
+    persistent,
+):
+    locked, lock = [], persistent.db.storage._commit_lock
+    persistent.scheduler.schedule(show)
+    transaction.get().join(SqlSession(lambda: locked.append(lock.locked())))
+    transaction.commit()
+    assert locked[0] is False
+
+
 def test_two_persistent_schedulers_of_one_database_are_apart(persistent, wait_for):
     other = persistent.root["other"] = PersistentTransactionalScheduler()
     transaction.commit()
@@ -652,6 +662,39 @@ def test_closed_database_leaves_nothing_of_its_schedulers(wait_for):
     assert not any(thread.is_alive() for thread in threads)
     del db, connection, executor
     wait_for(lambda: gc.collect() is not None and reference() is None)
+
+
+def test_database_that_closes_stops_the_schedulers_of_no_other(persistent):
+    executor = persistent.scheduler._scheduler().executor
+    db = ZODB.DB(MappingStorage())
+    with db.transaction() as connection:
+        connection.root()["scheduler"] = PersistentTransactionalScheduler()
+    connection = db.open()
+    connection.root()["scheduler"].completed("0" * 32)
+    transaction.abort()
+    connection.close()
+    db.close()
+    assert not executor.stopped
+    assert persistent.scheduler._scheduler().executor is executor
+
+
+def test_whoever_uses_a_persistent_scheduler_while_its_database_closes_starts_nothing(
+    persistent, at, wait_for
+):
+    persistent.scheduler.schedule(pass_gate, at)
+    transaction.commit()
+    GATES[at].reach()
+    first = persistent.scheduler._scheduler().executor
+    closing = threading.Thread(target=persistent.db.close)
+    closing.start()
+    wait_for(lambda: first.stopped)
+    with pytest.raises(ValueError, match="closed"):
+        persistent.scheduler.completed("00" * 16)
+    GATES[at].opened.set()
+    closing.join(10)
+    with pytest.raises(ValueError, match="closed"):
+        persistent.scheduler.completed("00" * 16)
+    executor_has_ended(wait_for)
 
 
 def test_persistent_scheduler_is_as_durable_as_the_data_beside_it(persistent, wait_for):

@@ -72,6 +72,7 @@ def stopped_once():
     if STOPS:
         STOPS.pop()
         current_job().interrupt(JobStopped("the process stops"))
+        current_job().check()
 
 
 # The job that passes a step; for all others it is the plain one.

@@ -13,6 +13,7 @@ from collections import OrderedDict, namedtuple
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from itertools import count, cycle
+from types import SimpleNamespace
 
 import pytest
 import transaction
@@ -25,8 +26,10 @@ from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import ConflictError
 
 from pyramid_async import process
+from pyramid_async.conflicts import explain
 from pyramid_async.context import PersistentContext
 from pyramid_async.interfaces import (
+    AsyncError,
     IJobStore,
     IJobTable,
     InvalidTransition,
@@ -44,8 +47,9 @@ from pyramid_async.jobs import (
     TRANSITIONS,
     JobRecord,
 )
-from pyramid_async.process import Connections, manager_itself
-from pyramid_async.ram import RamStore
+from pyramid_async.process import Connections
+from pyramid_async.ram import VOTE_TIMEOUT, RamStore
+from pyramid_async.transactional import manager_itself
 from pyramid_async.zodb import HAUNTED, INLINE_PAYLOAD, JobRoot, ZodbStore
 
 NOW = 1_000_000.0
@@ -618,6 +622,39 @@ def test_commit_that_waits_for_another_for_too_long_conflicts(ram_store, monkeyp
     assert status_in(store) == SUCCESSFUL
 
 
+def test_commit_that_waits_for_another_which_then_fails_goes_through(ram_store, wait_for):
+    store = ram_store
+    add(store)
+    with view(store) as slow, view(store) as quick:
+        finish(slow.get())
+        finish(quick.get(), DISMISSED)
+        thread = threading.Thread(target=quick.commit)
+
+        def fail_while_the_other_waits():
+            thread.start()
+            wait_for(lambda: store.waiting)
+            refuse()
+
+        slow.tm.get().join(Resource("tpc_vote", fail_while_the_other_waits))
+        with pytest.raises(RuntimeError, match="the vote failed"):
+            slow.commit()
+        thread.join(VOTE_TIMEOUT / 2)
+        was_told = not thread.is_alive()
+        thread.join(VOTE_TIMEOUT)
+    assert (was_told, status_in(store)) == (True, DISMISSED)
+
+
+def test_outcome_in_ram_appears_when_every_other_data_manager_has_finished(ram_store):
+    add(ram_store)
+    seen = []
+    with committed(ram_store) as one:
+        finish(one.get())
+        one.tm.get().join(
+            Resource("tpc_finish", lambda: seen.append(status_in(ram_store)), sort_key="zodb")
+        )
+    assert (seen, status_in(ram_store)) == ([ACCEPTED], SUCCESSFUL)
+
+
 def test_no_record_resolves_conflicts():
     assert not hasattr(JobRecord, "_p_resolveConflict")
 
@@ -979,6 +1016,18 @@ def test_dismissed_record_is_kept_for_a_day_whatever_its_time(zodb_store, clock)
             assert listed(seen.table.records()) == kept
 
 
+def test_removed_record_that_is_kept_for_a_day_is_small(zodb_store):
+    add(zodb_store, arguments="large", cursor="large")
+    with committed(zodb_store) as seen:
+        record = seen.get()
+        finish(record, FAILED)
+        record.contested, record.exception = True, "large"
+        seen.table.remove(record)
+    with view(zodb_store) as seen:
+        [(_, kept)] = seen.table.unfinished()
+        assert "large" not in kept.__getstate__().values()
+
+
 def test_expired_sid_can_be_used_again(store, clock):
     add(store)
     with committed(store) as seen:
@@ -1059,6 +1108,21 @@ def test_key_whose_job_ends_while_another_takes_it_makes_no_conflict_in_ram(ram_
         seen.add(options={"key": "k"})
     with view(ram_store) as seen:
         assert seen.table.keyed("k") == SID
+
+
+def test_who_finds_a_key_in_ram_finds_its_job(ram_store):
+    """Else he takes the job for one that ended, and the key for another one; he takes no lock."""
+
+    class Keys(dict):
+        def __setitem__(self, key, sid):
+            found.append(sid in ram_store.states)
+            super().__setitem__(key, sid)
+
+    found, ram_store.keys = [], Keys()
+    with committed(ram_store) as seen:
+        seen.add("00")
+        seen.table.take_key("k", "00")
+    assert (found, dict(ram_store.keys)) == ([True], {"k": "00"})
 
 
 def test_key_is_not_taken_after_abort_or_rollback(store):
@@ -1165,7 +1229,7 @@ def test_room_comes_back_when_a_job_is_removed(full):
 
 
 def promised(store):
-    return store.promised - sum(store.left)
+    return len(store.promised)
 
 
 def test_nothing_is_promised_to_a_transaction_that_has_failed(ram_store):
@@ -1175,6 +1239,54 @@ def test_nothing_is_promised_to_a_transaction_that_has_failed(ram_store):
             seen.commit()
         with pytest.raises(TransactionFailedError):
             seen.add()
+    assert promised(ram_store) == 0
+
+
+class Raced(Connections):
+    """Another thread forgets the database right after each look at it."""
+
+    @property
+    def db(self):
+        return vars(self).pop("known", None)
+
+    @db.setter
+    def db(self, db):
+        vars(self)["known"] = db
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_database_that_another_thread_forgets_at_the_same_time_is_no_error(closed):
+    db = ZODB.DB(MappingStorage())
+    connections, tm = Raced(db), transaction.TransactionManager()
+    if closed:
+        db.close()
+        connections.forget_closed()
+        assert connections.open(tm) is None
+    else:
+        assert connections.open(tm).db() is db
+        db.close()
+
+
+@pytest.mark.parametrize("step", ["promise", "vote"])
+def test_step_after_which_a_signal_comes_leaves_nothing_reserved(ram_store, monkeypatch, step):
+    take = getattr(ram_store, step)
+
+    def interrupted(*args):
+        take(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ram_store, step, interrupted)
+    with view(ram_store) as seen, pytest.raises(KeyboardInterrupt):
+        seen.add()
+        seen.commit()
+    assert (promised(ram_store), ram_store.voted) == (0, set())
+
+
+def test_child_that_ends_its_parents_transaction_gains_no_room(ram_store):
+    with view(ram_store) as seen:
+        seen.add()
+        ram_store.renew()
+        seen.tm.abort()
     assert promised(ram_store) == 0
 
 
@@ -1200,6 +1312,15 @@ def test_promise_ends_with_the_rollback_of_its_savepoint(clock):
         assert (promised(store), has_room(store)) == (1, True)
         before.rollback()
         assert promised(store) == 0
+
+
+def test_rollback_of_a_change_gives_no_room_back(full):
+    with view(full) as one:
+        one.get("00").move(RUNNING, NOW)
+        savepoint = one.tm.savepoint()
+        finish(one.get("01"))
+        savepoint.rollback()
+        assert (promised(full), has_room(full)) == (0, False)
 
 
 def test_transaction_that_nobody_ends_gives_its_room_back_with_its_manager(clock):
@@ -1518,7 +1639,7 @@ def test_database_that_misses_the_place_says_what_to_do(database):
     store = ZodbStore(database)
     tm = transaction.TransactionManager()
     try:
-        with pytest.raises(KeyError, match="pyramid_async"):
+        with pytest.raises(AsyncError, match="make_wsgi_app"):
             store.table(tm)
     finally:
         tm.abort()
@@ -1538,3 +1659,31 @@ def test_ids_are_drawn_from_the_source_for_secrets(monkeypatch):
     monkeypatch.setattr(process, "_drawn", {})
     monkeypatch.setattr(process.secrets, "token_bytes", lambda count: drawn[:count])
     assert process.new_id() == drawn[:16].hex()
+
+
+def test_nobody_waits_in_a_lock_that_another_thread_holds():
+    held = [True, True, False]
+    lock = SimpleNamespace(locked=lambda: held.pop(0))
+    assert process.at_rest(lock) is lock
+    assert not held
+
+
+@pytest.mark.parametrize(
+    ("facts", "told"),
+    [
+        ({"user": "ann"}, ", written by '' of user 'ann'"),
+        ({"extension": {"pyramid_async": "a" * 32}}, f", written by job '{'a' * 32}'"),
+        ({}, " 0x00"),
+    ],
+)
+def test_a_rival_without_a_description_is_told_by_what_it_has(file_db, facts, told):
+    managers = [transaction.TransactionManager() for _ in range(2)]
+    for tm in managers:
+        file_db.open(tm).root()["written"] = id(tm)
+    for name, value in facts.items():
+        setattr(managers[0].get(), name, value)
+    managers[0].commit()
+    with pytest.raises(ConflictError) as caught:
+        managers[1].commit()
+    managers[1].abort()
+    assert explain(caught.value, file_db).endswith(told)

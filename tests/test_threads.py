@@ -25,6 +25,7 @@ from zope.interface.verify import verifyObject
 from pyramid_async import IScheduler, current_job
 from pyramid_async.attempt import Surroundings
 from pyramid_async.interfaces import IExecutor
+from pyramid_async.jobs import FRESH
 from pyramid_async.process import Exit
 from pyramid_async.scheduler import (
     Caller,
@@ -336,6 +337,21 @@ def test_wake_up_that_comes_while_nothing_is_found_is_not_lost(db, key, kind):
     assert CALLS[key] == [None]
 
 
+def test_job_that_was_put_twice_at_once_is_held_until_it_ends(db, key, at, wait_for):
+    """By the hook and by recovery: neither finds it held.  Else nothing would show that it runs."""
+    with process("zodb", db, workers=2) as one:
+        sid = one.schedule(at_gate, at)
+        GATES[at].reach()
+        one.executor.queue.put((sid, FRESH))
+        wait_for(one.executor.queue.empty)
+        last = one.schedule(note, key)  # taken by the thread that had the other one
+        one.wait(last)
+        wait_for(lambda: last not in one.executor.held)
+        assert one.executor.held == {sid}
+        GATES[at].opened.set()
+        wait_for(lambda: one.executor.held == set())
+
+
 class CannotBeAborted(Barrier):
     def abort(self, txn):
         raise OSError("the server has closed the connection")
@@ -410,6 +426,23 @@ def test_job_that_ends_in_time_is_not_disturbed(db, key):
         assert one.result(sid) == (1, None)
 
 
+@both_stores
+def test_job_that_ends_in_the_time_it_is_given_is_not_run_again(db, key, at, kind):
+    with process(kind, db, workers=1) as one:
+        sid = one.schedule(count_at_gate, ROOT, at, key)
+        GATES[at].reach()
+        tell = one.executor.tell
+
+        def tell_and_let_it_end():
+            tell()
+            GATES[at].opened.set()
+
+        one.executor.tell = tell_and_let_it_end
+        one.executor.stop(10)
+        assert (one.status(sid).status, CALLS[key]) == ("successful", [1])
+        assert one.root(lambda root: root["n"]) == 1
+
+
 def test_stop_takes_no_longer_than_its_time_when_a_job_never_ends(db, at, caplog):
     with process("zodb", db, workers=2) as one:
         sid = one.schedule(at_gate, at)
@@ -479,6 +512,22 @@ def test_jobs_that_wait_are_given_back_where_other_processes_can_take_them(db, k
     assert CALLS[key] == [None]
     for thread in one.executor.threads:
         thread.join(10)
+
+
+def test_stop_while_the_threads_are_started_stops_them(db, monkeypatch):
+    with process("zodb", db, workers=1) as one:
+        one.executor.recovery = one.recovery
+        start_threads = one.executor._start_threads
+
+        def slow():
+            start_threads()
+            one.executor.stop(1)
+
+        monkeypatch.setattr(one.executor, "_start_threads", slow)
+        one.executor.start()
+        for thread in (*one.executor.threads, one.recovery._thread):
+            thread.join(10)
+            assert not thread.is_alive()
 
 
 def test_stop_without_a_start_does_nothing(db):
@@ -638,7 +687,7 @@ def test_locks_of_the_store_that_were_held_at_the_fork_do_not_hold_the_child():
 
         scheduler = TransactionalScheduler()
         recovery = scheduler.executor.recovery
-        locks = [scheduler.store.lock, scheduler.changes._condition, recovery._lock]
+        locks = [scheduler.store.lock, scheduler.worker.changes._lock, recovery._lock]
         for lock in locks:
             lock.acquire()
         child = os.fork()

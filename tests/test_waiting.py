@@ -23,6 +23,7 @@ from webapp import (
     EXPLICIT,
     GATES,
     KINDS,
+    Barrier,
     Browser,
     Policy,
     as_user,
@@ -364,6 +365,15 @@ def test_without_slots_nobody_is_held(at_gate):
         assert "Preference-Applied" not in web.get(f"{url}?wait={LONG}").headers
 
 
+def test_only_thread_of_a_process_is_not_held(at_gate):
+    with browser() as web:
+        path = urlsplit(at_work(web, at_gate)).path
+        alone = Request.blank(f"{path}?wait={LONG}", {"wsgi.multithread": False})
+        answer = alone.get_response(web.app)
+        assert "Preference-Applied" not in answer.headers
+        assert int(answer.headers["Retry-After"]) >= 1
+
+
 def test_slot_is_free_again_after_a_failure(web, hold, at_gate, monkeypatch):
     url = at_work(web, at_gate)
     answer = hold(web, f"{url}?wait={LONG}")
@@ -615,6 +625,27 @@ def test_removal_whose_reply_was_lost_finds_its_own_work_done(web, lose_a_reply)
     lose_a_reply(web)
     assert web.delete(url, status=200).json == last
     web.get(url, status=404)
+
+
+def test_removal_that_meets_a_conflict_is_done_again(web, monkeypatch):
+    url, last = web.finished(echo, "value")
+    remove, met = Scheduler.remove, []
+
+    def remove_and_conflict_once(scheduler, sid):
+        remove(scheduler, sid)
+        if not met:
+            met.append(sid)
+            scheduler._tm_in_use().get().join(ConflictAtVote(None, None, "~~last"))
+
+    monkeypatch.setattr(Scheduler, "remove", remove_and_conflict_once)
+    assert web.delete(url, status=200).json == last
+    assert met == [url[-32:]]
+    web.get(url, status=404)
+
+
+class ConflictAtVote(Barrier):
+    def tpc_vote(self, txn):
+        raise TransientError("conflict")
 
 
 def test_conflicts_without_end_are_a_503(web, at_gate, monkeypatch):

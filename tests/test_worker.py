@@ -8,6 +8,7 @@ import logging
 import threading
 import weakref
 from collections import defaultdict
+from contextlib import contextmanager
 from types import SimpleNamespace
 from uuid import uuid4
 
@@ -18,12 +19,11 @@ from bare import ROOT, Clock, LosesReply, Process, memory, process, together
 from persistent import Persistent
 from persistent.mapping import PersistentMapping
 from transaction.interfaces import TransientError
-from webapp import GATES, Barrier, gate
+from webapp import GATES, Barrier, SqlSession, gate
 from ZODB.blob import Blob
 from ZODB.DemoStorage import DemoStorage
 from ZODB.POSException import ConflictError
 
-import pyramid_async.transactional
 import pyramid_async.worker
 from pyramid_async import (
     FileResult,
@@ -38,8 +38,7 @@ from pyramid_async.failures import TEXT_LIMIT, TRACEBACK_LIMIT, members
 from pyramid_async.interfaces import JobTaken, NotSchedulable
 from pyramid_async.jobs import ACCEPTED, RUNNING, Live
 from pyramid_async.recovery import Sign
-from pyramid_async.transactional import LONGEST_PAUSE
-from pyramid_async.worker import LONGEST_DELAY
+from pyramid_async.worker import LONGEST_DELAY, LONGEST_PAUSE
 from pyramid_async.zodb import ZodbStore
 
 CALLS = defaultdict(list)  # key of a test -> what its jobs noted
@@ -181,6 +180,15 @@ def meet_a_deadlock(key, times, in_commit=False):
     transaction.get().join(SqlManager("tpc_vote" if met and in_commit else None, Deadlock))
     if met and not in_commit:
         raise Deadlock("could not serialize access")
+
+
+def write_sql(root, key, checkpoint):
+    """Write to the ZODB and to SQL; note whether the ZODB is locked when SQL is sent."""
+    lock = root._p_jar.db().storage._commit_lock
+    root[key] = True
+    transaction.get().join(SqlSession(lambda: CALLS[key].append(lock.locked())))
+    if checkpoint:
+        current_job().checkpoint(1)
 
 
 def meet_conflicts_and_then_a_storage_error(key, times, errors):
@@ -386,7 +394,7 @@ def pauses(monkeypatch):
         return fake.now
 
     clock = SimpleNamespace(monotonic=monotonic, sleep=slept.append)
-    monkeypatch.setattr(pyramid_async.transactional, "random", SimpleNamespace(uniform=uniform))
+    monkeypatch.setattr(pyramid_async.worker, "random", SimpleNamespace(uniform=uniform))
     monkeypatch.setattr(pyramid_async.worker, "time", clock)
     return fake
 
@@ -649,6 +657,13 @@ def test_error_that_a_data_manager_would_retry_for_ever_fails_the_job_as_itself(
         assert (one.status(sid).failure.class_name, len(CALLS[key])) == ("Deadlock", 3)
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_sql_is_sent_before_the_commit_locks_the_database(one, key, checkpoint):
+    """The row may be another transaction's that waits for the database."""
+    one.run(write_sql, ROOT, key, checkpoint)
+    assert CALLS[key][0] is False
+
+
 class WithoutRequests(Surroundings):
     """Surroundings that cannot make a request, as where a root factory meets conflicts."""
 
@@ -791,6 +806,20 @@ def test_exception_that_cannot_be_kept_is_kept_by_name_and_text(durable, key, ma
     assert value is None
     assert type(error) is JobFailed
     assert error.args == (failure.class_name, failure.message)
+
+
+def test_conflict_while_an_exception_is_stored_does_not_make_another_of_it(one, key, monkeypatch):
+    pack, met = one.store.pack, []
+
+    def meet_a_conflict_first(value, table):
+        if isinstance(value, KeyError) and not met:
+            met.append(value)
+            raise ConflictError("injected")
+        return pack(value, table)
+
+    monkeypatch.setattr(one.store, "pack", meet_a_conflict_first)
+    sid = one.run(mark_and_raise, ROOT, key, KeyError)
+    assert (len(met), type(one.result(sid)[1])) == (1, KeyError)
 
 
 def test_ram_keeps_any_exception(db, key):
@@ -1068,23 +1097,37 @@ def test_lost_reply_to_a_claim_does_not_count_the_attempt_twice(durable, key, mo
     assert durable.status(sid).status == "successful"
 
 
-def test_lost_reply_to_the_commit_of_a_failure_leaves_one_failure(durable, key, monkeypatch):
-    record_failure = durable.worker._record_failure
-    calls = []
+@pytest.fixture
+def recorded(durable, monkeypatch):
+    """What was made of failures; the reply to the first commit that records one is lost."""
+    record_failure, outcomes = durable.worker._record_failure, []
 
     def record_and_lose(*arguments):
         *_, table = arguments
-        outcome = record_failure(*arguments)
-        calls.append(outcome)
-        if len(calls) == 1:
+        outcomes.append(record_failure(*arguments))
+        if len(outcomes) == 1:
             table.tm.get().join(LosesReply(ReplyLost()))
-        return outcome
+        return outcomes[-1]
 
     monkeypatch.setattr(durable.worker, "_record_failure", record_and_lose)
+    return outcomes
+
+
+def test_lost_reply_to_the_commit_of_a_failure_leaves_one_failure(durable, key, recorded):
     sid = durable.run(mark_and_raise, ROOT, key, ZeroDivisionError)
-    assert [status for status, _ in calls] == ["failed", "failed"]
+    assert [status for status, _ in recorded] == ["failed", "failed"]
     assert CALLS[key] == [1]
     assert durable.told == [(sid, "failed")]
+
+
+def test_lost_reply_to_the_commit_of_a_retry_makes_the_job_wait_all_the_same(
+    durable, key, recorded
+):
+    waits = []
+    durable.worker.later = lambda when, sid: waits.append((when, sid))
+    sid = durable.run(mark_and_raise, ROOT, key, KeyError, retry_on=KeyError)
+    assert len(recorded) == 2
+    assert waits == [(durable.record(sid)["run_after"], sid)]
 
 
 # -- dismissal -----------------------------------------------------------------------------
@@ -1101,6 +1144,19 @@ def test_job_dismissed_while_it_runs_leaves_no_effects_and_is_not_repeated(one, 
     assert one.status(sid).status == "dismissed"
     assert one.root(lambda root: "n" in root) is False
     assert (CALLS[key], one.told, one.worker.running) == ([1], [], {})
+
+
+def test_job_that_is_kept_for_no_time_is_told_of_its_dismissal(one, at):
+    sid = one.schedule(raise_behind_gate, at, ZeroDivisionError, result_timeout=0)
+    thread = threading.Thread(target=one.worker.run, args=[sid])
+    thread.start()
+    GATES[at].reach()
+    assert one.cancel(sid) is True
+    assert one.status(sid) is None
+    with pytest.raises(JobDismissed):
+        one.worker.running[sid].check()
+    GATES[at].opened.set()
+    thread.join(10)
 
 
 @pytest.mark.parametrize("how", ["cancel", "remove"])
@@ -1204,17 +1260,28 @@ def test_job_dismissed_while_it_begins_to_commit_leaves_no_effects(one, key, at)
     assert (CALLS[key], one.told) == ([1], [])
 
 
+@contextmanager
+def zombie(one, sid, at):
+    """Run a job up to its gate in a thread; it goes on at the end, when another may have it."""
+    thread = threading.Thread(target=one.worker.run, args=[sid])
+    thread.start()
+    GATES[at].reach()
+    yield
+    GATES[at].opened.set()
+    thread.join(10)
+
+
+def take_over(one, sid):
+    with one.transaction() as (table, _):
+        table.get(sid).claim("other", "signature of the other", 1.0)
+
+
 def test_job_taken_by_another_worker_while_it_runs_leaves_no_effects(one, key, at):
     """A zombie that wakes after its lease finds its job in other hands."""
     sid = one.schedule(count_behind_gate, ROOT, key, at)
-    zombie = threading.Thread(target=one.worker.run, args=[sid])
-    zombie.start()
-    GATES[at].reach()
-    other = Process(one.store, one.db)
-    with one.transaction() as (table, _):
-        table.get(sid).claim("other", "signature of the other", 1.0)
-    GATES[at].opened.set()
-    zombie.join(10)
+    with zombie(one, sid, at):
+        other = Process(one.store, one.db)
+        take_over(one, sid)
     assert one.root(lambda root: "n" in root) is False
     record = one.record(sid)
     assert (record["status"], record["signature"]) == (RUNNING, "signature of the other")
@@ -1225,28 +1292,18 @@ def test_job_taken_by_another_worker_while_it_runs_leaves_no_effects(one, key, a
 
 def test_attempt_that_lost_its_job_shows_nothing_of_it(one, key, at):
     sid = one.schedule(count_behind_gate, ROOT, key, at)
-    zombie = threading.Thread(target=one.worker.run, args=[sid])
-    zombie.start()
-    GATES[at].reach()
-    one.worker.running[sid].progress(1, 2, "half of it")
-    assert one.status(sid).message == "half of it"
-    with one.transaction() as (table, _):
-        table.get(sid).claim("other", "signature of the other", 1.0)
-    status = one.status(sid)
-    assert (status.status, status.progress, status.message) == (RUNNING, None, None)
-    GATES[at].opened.set()
-    zombie.join(10)
+    with zombie(one, sid, at):
+        one.worker.running[sid].progress(1, 2, "half of it")
+        assert one.status(sid).message == "half of it"
+        take_over(one, sid)
+        status = one.status(sid)
+        assert (status.status, status.progress, status.message) == (RUNNING, None, None)
 
 
 def test_failure_of_a_job_that_was_taken_by_another_is_not_recorded(one, key, at):
     sid = one.schedule(fail_behind_gate, key, at)
-    zombie = threading.Thread(target=one.worker.run, args=[sid])
-    zombie.start()
-    GATES[at].reach()
-    with one.transaction() as (table, _):
-        table.get(sid).claim("other", "signature of the other", 1.0)
-    GATES[at].opened.set()
-    zombie.join(10)
+    with zombie(one, sid, at):
+        take_over(one, sid)
     assert one.status(sid).status == "running"
     assert one.status(sid).failure is None
     assert one.told == []
@@ -1257,14 +1314,27 @@ def fail_behind_gate(key, name):
     raise ZeroDivisionError
 
 
+@pytest.mark.parametrize("error", [JobDismissed, JobStopped, ConflictError])
+def test_whatever_ends_an_attempt_that_lost_its_job_leaves_it_to_the_other(one, at, error):
+    """The function raises by itself what dismisses a job, or gives it back."""
+    one.worker.conflict_attempts = 1
+    sid = one.schedule(raise_behind_gate, at, error)
+    with zombie(one, sid, at):
+        take_over(one, sid)
+        before = one.record(sid)
+    assert one.record(sid) == before
+    assert one.told == []
+
+
+def raise_behind_gate(name, error):
+    GATES[name].pass_through()
+    raise error("too late")
+
+
 def test_failure_of_a_removed_job_is_nobodys(one, key, at):
     sid = one.schedule(fail_behind_gate, key, at)
-    zombie = threading.Thread(target=one.worker.run, args=[sid])
-    zombie.start()
-    GATES[at].reach()
-    one.ask(lambda scheduler: scheduler.remove(sid))
-    GATES[at].opened.set()
-    zombie.join(10)
+    with zombie(one, sid, at):
+        one.ask(lambda scheduler: scheduler.remove(sid))
     assert (one.status(sid), one.told) == (None, [])
 
 
@@ -1375,11 +1445,12 @@ def fail(key):
 
 def test_bell_for_a_job_that_is_not_due_makes_it_wait(one, key):
     sid = one.schedule(note, key, run_after=3600)
-    one.record(sid, holder=None)
+    before = one.record(sid, holder=None)
     waits = []
     one.worker.later = lambda when, sid: waits.append((when, sid))
     one.worker.run(sid, None)
-    assert (CALLS[key], waits) == ([], [(one.record(sid)["run_after"], sid)])
+    assert (CALLS[key], waits) == ([], [(before["run_after"], sid)])
+    assert one.record(sid) == before  # nobody claimed it, and no attempt counts
 
 
 def test_own_job_that_is_not_due_waits(one, key):
@@ -1536,6 +1607,14 @@ def test_delay_is_bounded_however_many_attempts_there_were(one, key, pauses):
     one.worker.run(sid)
     assert (one.status(sid).status, one.status(sid).attempts) == ("accepted", 5_001)
     assert pauses.bounds == [(0, LONGEST_DELAY)]
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_job_to_be_tried_again_waits_in_the_same_kind_of_queue(one, key, keeps):
+    """In that of this process; a broker's is for whoever answers."""
+    one.worker.keeps = keeps
+    sid = one.run(mark_and_raise, ROOT, key, KeyError, retry_on=KeyError)
+    assert one.record(sid)["holder"] == (one.store.process if keeps else None)
 
 
 def test_job_that_only_waited_in_a_dead_process_has_lost_no_attempt(one, key):
