@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 import transaction
 from billiard.pool import EX_RECYCLE
 from celery import signals
+from celery.worker import state
 from pyramid.config import global_registries
 from pyramid.exceptions import ConfigurationError
 from pyramid.paster import get_app, get_appsettings, setup_logging
@@ -415,6 +416,7 @@ def begin(sender: Any, **_: Any) -> None:
             most, least = sender.options["autoscale"]
             # Of a pool without processes nobody would look for lost jobs.
             sender.options["autoscale"] = most, max(1, least)
+        at_cold_shutdown(sender, end_pool)
         return  # its children send worker_process_init
     tell_at_cold_shutdown(sender)
     if "solo" not in str(sender.pool_cls):  # that pool sends it too
@@ -424,6 +426,29 @@ def begin(sender: Any, **_: Any) -> None:
         site.make()
 
 
+def at_cold_shutdown(worker: Any, end: Callable[[Any], None]) -> None:
+    """Have a function called before Celery cancels what it runs, in the handler of the signal."""
+    wait_first = worker.wait_for_soft_shutdown
+
+    def wait_for_soft_shutdown() -> None:
+        wait_first()
+        end(worker)
+
+    worker.wait_for_soft_shutdown = wait_for_soft_shutdown
+
+
+def end_pool(worker: Any) -> None:
+    """End those processes of a pool that Celery believes to be idle.
+
+    It ends those whose job it knows to have begun, and waits for the others: for a job whose
+    beginning nobody heard of yet until its own end.
+    """
+    known = {request.worker_pid for request in state.active_requests}
+    for pid in worker.pool.info["processes"]:
+        if pid not in known:  # a second signal may kill it on the spot
+            worker.pool.terminate_job(pid)
+
+
 def tell_at_cold_shutdown(worker: Any) -> None:
     """Have the jobs of this very process told when Celery does not wait for them.
 
@@ -431,16 +456,11 @@ def tell_at_cold_shutdown(worker: Any) -> None:
     midst of the job, and begins the next job while it says goodbye to the broker.
     """
     why = f"process {os.getpid()} is told to end"
-    wait_first = getattr(worker, "wait_for_soft_shutdown", lambda: None)
-
-    def wait_for_soft_shutdown() -> None:
-        wait_first()
-        site.end_jobs(why)
+    at_cold_shutdown(worker, lambda worker: site.end_jobs(why))
 
     def terminate_job(pool: Any, pid: int, signal: Any = None) -> None:
         site.end_jobs(why)
 
-    worker.wait_for_soft_shutdown = wait_for_soft_shutdown
     pool = worker.pool_cls
     attributes = {"terminate_job": terminate_job, "__module__": pool.__module__}
     worker.pool_cls = type(pool.__name__, (pool,), attributes)

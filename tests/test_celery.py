@@ -1306,11 +1306,11 @@ class Deployment:
         lines = (line.split() for line in self.log().splitlines())
         return [int(line[1]) for line in lines if line[0] == event]
 
-    def worker(self, *options, wait=True, general=()):
+    def worker(self, *options, wait=True, general=(), celery=("-m", "celery")):
         """Start a Celery worker as the guide says, and wait until it takes jobs."""
         log = f"worker-{uuid4().hex}"
         process = self.start(
-            *("-m", "celery", "-A", "pyramid_async.celery", *general),
+            *(*celery, "-A", "pyramid_async.celery", *general),
             *("worker", "--ini", "production.ini"),
             *("-c", "2", "-n", log, "--without-gossip", "--without-mingle", *options),
             log=log,
@@ -1820,6 +1820,29 @@ def test_a_cold_shutdown_gives_running_jobs_back(pool, deploy):
     (site.directory / "go").touch()
     site.worker()
     web.ended_well(*sids)
+
+
+# Celery, which hears late that its processes have begun jobs.
+DEAF = """
+from celery.__main__ import main
+from celery.worker.request import Request
+
+Request.on_accepted = lambda *args: None
+main()
+"""
+
+
+@services
+@slow
+def test_a_cold_shutdown_ends_a_job_that_celery_does_not_know_to_have_begun(deploy):
+    site = deploy()
+    web = site.web()
+    worker = site.worker(celery=("-c", DEAF))
+    sid = web.sell(directory=site.directory)
+    run_by(site.directory, sid)
+    site.end(worker, signal.SIGQUIT)
+    until(lambda: web.status(sid).status == "accepted")
+    assert web.status(sid).attempts == 0
 
 
 @services
