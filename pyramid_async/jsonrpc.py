@@ -110,17 +110,12 @@ class Dispatcher:
         return [answer for answer in answers if answer is not None]
 
     def result_or_error(self, call: dict[str, Any]) -> dict[str, Any]:
+        name = call["method"]
         try:
-            return dict(result=self.result(call["method"], call.get("params", [])))
-        except Undone:
-            raise
+            return dict(result=self.methods.call(name, call.get("params", [])))
         except RpcError as error:
             return dict(error=error.error)
-
-    def result(self, name: str, params: Any) -> Any:
-        try:
-            return self.methods.call(name, params)
-        except (RpcError, HTTPException):
+        except HTTPException:
             raise
         except SchedulerFull:
             raise Undone(BUSY, {"retryAfter": FULL_RETRY}) from None
