@@ -84,7 +84,6 @@ class Recovery:
         # Where processes of a pool tell each other what they observed; see `prefork.Hints`.
         self.hints: Any = None
         self._holders: set[str] = set()  # other processes that unfinished jobs name
-        self._signs: set[str] = set()  # processes that have a sign of life
         # Sid -> (signature, beat of the holder) of running jobs that their holder does not list.
         self._unlisted: dict[str, tuple[str | None, int]] = {}  # in this look
         self._unlisted_before = self._unlisted  # in the look before
@@ -414,16 +413,16 @@ class Recovery:
 
     def _bury(self) -> None:
         """Forget the dead processes that no unfinished job names any more."""
-        dead = transact(self.store, self._dead)
+        shown = transact(self.store, self._processes)
+        dead = [process for process, is_dead in shown.items() if is_dead]
         if dead:
             transact(self.store, partial(self._remove_signs, dead))
-        for process in set(self._observed) - self._holders - self._signs:
+        for process in set(self._observed) - self._holders - set(shown):
             del self._observed[process]
 
-    def _dead(self, table: Any) -> list[str]:
-        signs = dict(table.signs())
-        self._signs = set(signs)
-        return [p for p, sign in signs.items() if p not in self._holders and self._silent(p, sign)]
+    def _processes(self, table: Any) -> dict[str, bool]:
+        """Return the processes that have a sign of life, and whether it is to go."""
+        return {p: p not in self._holders and self._silent(p, sign) for p, sign in table.signs()}
 
     def _remove_signs(self, processes: list[str], table: Any) -> None:
         for process in processes:
