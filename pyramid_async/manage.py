@@ -101,13 +101,6 @@ class Process(NamedTuple):
     silent: bool  # for longer than a lease
 
 
-class Finding(NamedTuple):
-    """Something that is not as it should be."""
-
-    sid: str
-    text: str
-
-
 def look(scheduler: Any, work: Callable[[Inside], Any]) -> Any:
     """Call ``work(inside)`` in a transaction of its own."""
     return transact(
@@ -458,8 +451,8 @@ def ended_record(inside: Inside, sid: str) -> JobRecord | None:
 # -- check -----------------------------------------------------------------------------
 
 
-def check(scheduler: Any) -> list[Finding]:
-    """Return what is not as it should be.  Cost: loads every record, once."""
+def check(scheduler: Any) -> list[tuple[str, str]]:
+    """Return (sid, sentence) of what is not as it should be.  Cost: loads every record, once."""
     return look(scheduler, lambda inside: list(Check(inside).findings()))
 
 
@@ -472,12 +465,10 @@ class Check:
         self.signs = dict(inside.table.signs())
         self.unfinished = {sid for sid, _ in inside.table.unfinished()}
 
-    def findings(self) -> Iterator[Finding]:
-        for sid, text in self.inside.table.findings():
-            yield Finding(sid, text)
+    def findings(self) -> Iterator[tuple[str, str]]:
+        yield from self.inside.table.findings()
         for number, (sid, record) in enumerate(self.inside.table.records()):
-            for text in self.safely(sid, record):
-                yield Finding(sid, text)
+            yield from ((sid, text) for text in self.safely(sid, record))
             if number % SCAN == 0 and self.inside.table.connection is not None:
                 self.inside.table.connection.cacheGC()  # there may be more than fits into memory
 

@@ -701,8 +701,8 @@ def test_check_finds_arguments_that_cannot_be_loaded(durable):
 def test_check_finds_maintenance_that_nobody_does(durable, set_clock):
     archived(durable, (echo,), (echo,))
     set_clock(durable, durable.scheduler.store.clock() + 3600 + OVERDUE + 120)
-    [found] = manage.check(durable.scheduler)
-    assert "nobody removed it" in found.text
+    [text] = findings(durable).values()
+    assert "nobody removed it" in text
 
 
 def test_check_finds_jobs_that_nobody_has(durable, monkeypatch, set_clock):
