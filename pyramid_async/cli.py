@@ -358,13 +358,7 @@ def processes(scheduler: Any, args: argparse.Namespace) -> int:
 
 
 def process_json(process: manage.Process) -> dict[str, Any]:
-    return {
-        "id": process.id,
-        "name": process.name,
-        "seen": timestamp(process.seen),
-        "silent": process.silent,
-        "running": list(process.running),
-    }
+    return {**process._asdict(), "seen": timestamp(process.seen)}
 
 
 def put_json(value: Any) -> int:

@@ -97,8 +97,8 @@ class Process(NamedTuple):
     id: str
     name: str  # host and process id
     seen: float  # seconds since the epoch, by its own clock
-    running: tuple[str, ...]
     silent: bool  # for longer than a lease
+    running: tuple[str, ...]
 
 
 def look(scheduler: Any, work: Callable[[Inside], Any]) -> Any:
@@ -373,13 +373,13 @@ def processes(scheduler: Any) -> list[Process]:
     others = [process for process in shown if process.id != scheduler.store.process]
     if scheduler.executor.held or worker.running:
         now, running = scheduler.store.clock(), tuple(sorted(worker.running))
-        others.append(Process(scheduler.store.process, process_name(), now, running, False))
+        others.append(Process(scheduler.store.process, process_name(), now, False, running))
     return sorted(others, key=lambda process: (process.name, process.id))
 
 
 def shown_processes(inside: Inside) -> list[Process]:
     return [
-        Process(id, sign.name, sign.at, tuple(sorted(sign.running)), is_silent(inside, sign.at))
+        Process(id, sign.name, sign.at, is_silent(inside, sign.at), tuple(sorted(sign.running)))
         for id, sign in inside.table.signs()
     ]
 
