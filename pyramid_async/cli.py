@@ -310,20 +310,19 @@ def for_each(args: argparse.Namespace, work: Callable[[str], str]) -> int:
             # What was done before is done, and is told.
             traceback.print_exc()
             errors[sid] = NotDone(sid, error)
-    if args.json:
-        put_json({"done": done, "errors": {sid: str(error) for sid, error in errors.items()}})
-        return bool(errors)
-    for sid, words in done.items():
-        print(f"{sid} {words}")
-    return not_done(args, errors)
+    if not args.json:
+        for sid, words in done.items():
+            print(f"{sid} {words}")
+    return not_done(args, errors, done=done)
 
 
-def not_done(args: argparse.Namespace, errors: dict[str, AsyncError]) -> int:
+def not_done(args: argparse.Namespace, errors: dict[str, AsyncError], **told: Any) -> int:
+    """Tell the errors, in JSON with what else is *told*; return the exit status."""
     if args.json:
-        put_json({"errors": {sid: str(error) for sid, error in errors.items()}})
-        return 1
-    for error in errors.values():
-        print(f"pasync: {error}", file=sys.stderr)
+        put_json({**told, "errors": {sid: str(error) for sid, error in errors.items()}})
+    else:
+        for error in errors.values():
+            print(f"pasync: {error}", file=sys.stderr)
     return bool(errors)
 
 
