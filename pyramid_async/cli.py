@@ -254,7 +254,7 @@ def show(scheduler: Any, args: argparse.Namespace) -> int:
     try:
         job = manage.as_json(manage.show(scheduler, args.sid))
     except AsyncError as error:
-        return not_done(args, {args.sid: error})
+        return not_done(args, {args.sid: str(error)})
     if args.json:
         return put_json(job)
     failure = job.pop("failure", {})
@@ -282,13 +282,6 @@ class TooLate(AsyncError):
         return f"job {self.args[0]!r} had ended before"
 
 
-class NotDone(AsyncError):
-    """Something else went wrong (sid, why)."""
-
-    def __str__(self) -> str:
-        return "job {!r}: {!r}".format(*self.args)
-
-
 def retry(scheduler: Any, args: argparse.Namespace) -> int:
     return for_each(args, lambda sid: f"retried as {manage.retry(scheduler, sid, WHO)}")
 
@@ -300,26 +293,26 @@ WHO = "pasync"
 def for_each(args: argparse.Namespace, work: Callable[[str], str]) -> int:
     """Do something to each job, whatever becomes of the others."""
     done: dict[str, str] = {}
-    errors: dict[str, AsyncError] = {}
+    errors: dict[str, str] = {}
     for sid in args.sids:
         try:
             done[sid] = work(sid)
         except AsyncError as error:
-            errors[sid] = error
+            errors[sid] = str(error)
         except Exception as error:
             # What was done before is done, and is told.
             traceback.print_exc()
-            errors[sid] = NotDone(sid, error)
+            errors[sid] = f"job {sid!r}: {error!r}"
     if not args.json:
         for sid, words in done.items():
             print(f"{sid} {words}")
     return not_done(args, errors, done=done)
 
 
-def not_done(args: argparse.Namespace, errors: dict[str, AsyncError], **told: Any) -> int:
+def not_done(args: argparse.Namespace, errors: dict[str, str], **told: Any) -> int:
     """Tell the errors, in JSON with what else is *told*; return the exit status."""
     if args.json:
-        put_json({**told, "errors": {sid: str(error) for sid, error in errors.items()}})
+        put_json({**told, "errors": errors})
     else:
         for error in errors.values():
             print(f"pasync: {error}", file=sys.stderr)
