@@ -47,7 +47,7 @@ class ThreadExecutor:
         self.workers = workers
         self.max_pending = max_pending
         self.shutdown_timeout = shutdown_timeout
-        self.recovery: Any = None  # started and stopped with the threads, if there is one
+        self.recovery: Any = None  # set once made; started and stopped with the threads
         # One lock a process: a fork may have copied a lock that is held.
         self._locks: dict[int, threading.Lock] = {}
         self._pid: int | None = None
@@ -122,7 +122,7 @@ class ThreadExecutor:
         try:
             for thread in self.threads:
                 thread.start()
-            if self.recovery is not None and self.workers:
+            if self.workers:
                 self.recovery.start()
         except RuntimeError:
             # The system has no more; those before it must not stay at each attempt.
@@ -164,13 +164,9 @@ class ThreadExecutor:
         for _ in self.threads:
             self.queue.put(None)
         # In recovery's thread: a database that is away must not keep the process from its exit.
-        if self.recovery is None:
-            self._wind_up(deadline)
-        else:
-            self.recovery.end(lambda: self._wind_up(deadline))
+        self.recovery.end(lambda: self._wind_up(deadline))
         self._join(deadline)
-        if self.recovery is not None:
-            self.recovery.stop(max(0.0, deadline - time.monotonic()) + GIVE_BACK)
+        self.recovery.stop(max(0.0, deadline - time.monotonic()) + GIVE_BACK)
         # Whoever uses the database next in this very process takes what waited here.
         self.worker.store.identity.end()
         self.worker.keeps = False

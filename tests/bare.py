@@ -58,6 +58,19 @@ class Deaf:
         pass
 
 
+class Still:
+    """A recovery without a thread: its steps are the test's."""
+
+    def start(self):
+        pass
+
+    def end(self, last):
+        last()
+
+    def stop(self, timeout):
+        pass
+
+
 class Process:
     """The parts of one process.  Recovery takes its steps when the test says so.
 
@@ -72,6 +85,7 @@ class Process:
         self.executor = ThreadExecutor(self.worker, workers)
         self.worker.keeps = True
         self.recovery = Recovery(store, self.executor, lease=lease, monotonic=monotonic)
+        self.executor.recovery = Still()
         self.worker.later = self.recovery.later
         self.scheduler = Scheduler(self.worker, self.executor)
 

@@ -33,7 +33,7 @@ from pyramid_async.scheduler import (
     TransactionalScheduler,
     executor_for,
 )
-from pyramid_async.threads import ThreadExecutor, exit_on_sigterm, stop_all
+from pyramid_async.threads import exit_on_sigterm, stop_all
 from pyramid_async.worker import Worker
 from pyramid_async.zodb import OpenedBeforeFork, ZodbStore
 
@@ -166,7 +166,7 @@ def test_as_many_jobs_run_at_a_time_as_there_are_workers(db, key):
 def test_process_without_workers_schedules_and_runs_nothing(db, key):
     store = store_of("zodb", db)
     worker = Worker(store)
-    executor = ThreadExecutor(worker, workers=0)
+    executor = executor_for(worker, 0)
     assert (executor.room(), worker.holder) == (0, None)
     executor.wake(True, "00" * 16)
     assert (executor.held, worker_threads()) == (set(), [])
