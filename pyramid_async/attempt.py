@@ -173,13 +173,9 @@ class Attempt:
         except (TransientError, JobInterrupted, NotOurs, NotDue):
             raise
         except BaseException as error:
-            if self.unread is not None:
-                raise Unreliable(repr(self.unread)) from error
-            if any(isinstance(each, POSKeyError) for each in members(error)):
-                # A pack may have taken what the transaction still sees; the next one does not.
-                raise Gone(repr(error)) from error
-            if any(map(self.may_pass, members(error))):
-                raise Passing(repr(error)) from error
+            passing = self._passing(error)
+            if passing is not None:
+                raise passing from error
             # Before the abort: its text may read objects, also those that the job has changed.
             self.job.failure = failure_of(error)
             raise
@@ -187,6 +183,17 @@ class Attempt:
             self._unwatch()
             self.job.commit_checkpoint = too_late  # else both would wait for the collector
             self.surroundings.end()
+
+    def _passing(self, error: BaseException) -> Passing | None:
+        """Return what stands for an error that the next attempt may not meet, or None."""
+        if self.unread is not None:
+            return Unreliable(repr(self.unread))
+        if any(isinstance(each, POSKeyError) for each in members(error)):
+            # A pack may have taken what the transaction still sees; the next one does not.
+            return Gone(repr(error))
+        if any(map(self.may_pass, members(error))):
+            return Passing(repr(error))
+        return None
 
     # -- steps
 
