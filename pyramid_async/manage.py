@@ -320,7 +320,7 @@ def as_text(report: Report) -> str:
 
 def as_json(report: Report) -> dict[str, Any]:
     """Return a job for programs; what is not known is left out."""
-    job, failure = report.job, report.failure
+    job = report.job
     members: dict[str, Any] = {
         "jobID": report.sid,
         "status": report.status,
@@ -346,17 +346,21 @@ def as_json(report: Report) -> dict[str, Any]:
             "progress": job.progress,
             "message": job.message,
         }
-    if failure is not None:
-        members["failure"] = known(
-            {
-                "class": failure.class_name,
-                "message": failure.message,
-                "traceback": failure.traceback or None,
-                "errorID": failure.error_id,
-                "detail": failure.text,
-            }
-        )
+    if report.failure is not None:
+        members["failure"] = failure_as_json(report.failure)
     return known(members)
+
+
+def failure_as_json(failure: Failure) -> dict[str, Any]:
+    return known(
+        {
+            "class": failure.class_name,
+            "message": failure.message,
+            "traceback": failure.traceback or None,
+            "errorID": failure.error_id,
+            "detail": failure.text,
+        }
+    )
 
 
 def known(members: dict[str, Any]) -> dict[str, Any]:
