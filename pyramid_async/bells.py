@@ -370,32 +370,27 @@ def take_bells_alone(consumer: Any) -> Any:
 
     Celery ends the worker at some malformed messages, and the next worker at the same one.
     """
-    consumer = symbol_by_name(consumer)
+    base: Any = symbol_by_name(consumer)
 
-    def create_task_handler(self: Any, *args: Any, **kw: Any) -> Callable[[Any], None]:
-        return bells_alone(consumer.create_task_handler(self, *args, **kw))
+    class Consumer(base):
+        def create_task_handler(self, *args: Any, **kw: Any) -> Callable[[Any], None]:
+            return bells_alone(super().create_task_handler(*args, **kw))
 
-    def on_connection_error_before_connected(self: Any, error: Exception) -> None:
-        consumer.on_connection_error_before_connected(self, error)
-        time.sleep(REFUSED_PAUSE)
-
-    def on_connection_error_after_connected(self: Any, error: Exception) -> None:
-        consumer.on_connection_error_after_connected(self, error)
-        code = getattr(error, "reply_code", None)
-        if code == NOT_IMPLEMENTED:
-            # Of a virtual host whose queues are quorum queues, which know no common prefetching.
-            for each in self.app.amqp.queues.consume_from.values():
-                each.queue_arguments = {"x-queue-type": "quorum"}
-        if code or isinstance(error, self.channel_errors):  # Redis gives no code
+        def on_connection_error_before_connected(self, error: Exception) -> None:
+            super().on_connection_error_before_connected(error)
             time.sleep(REFUSED_PAUSE)
 
-    attributes = {
-        "create_task_handler": create_task_handler,
-        "on_connection_error_before_connected": on_connection_error_before_connected,
-        "on_connection_error_after_connected": on_connection_error_after_connected,
-        "__module__": consumer.__module__,
-    }
-    return type(consumer.__name__, (consumer,), attributes)
+        def on_connection_error_after_connected(self, error: Exception) -> None:
+            super().on_connection_error_after_connected(error)
+            code = getattr(error, "reply_code", None)
+            if code == NOT_IMPLEMENTED:
+                # Of a virtual host of quorum queues, which know no common prefetching.
+                for each in self.app.amqp.queues.consume_from.values():
+                    each.queue_arguments = {"x-queue-type": "quorum"}
+            if code or isinstance(error, self.channel_errors):  # Redis gives no code
+                time.sleep(REFUSED_PAUSE)
+
+    return Consumer
 
 
 def bells_alone(handle: Callable[[Any], Any]) -> Callable[[Any], None]:
