@@ -286,17 +286,17 @@ def _emptied(value: Any) -> Any:
     return new
 
 
-def resolve_references(value: Any, connect: Callable[[], Any], *, copies: bool = False) -> Any:
-    """Return *value* with references replaced by objects of the connection that *connect* returns.
+def resolve_references(value: Any, connect: Callable[[], Any]) -> Any:
+    """Return a copy of *value*, references replaced by objects of *connect*'s connection.
 
     Each `PersistentContext` is replaced by one bound to that connection.  *connect* is not
-    called for a value that holds neither.  *copies* as in `map_references`.
+    called for a value that holds neither.
     """
 
     def resolve(item: Reference | PersistentContext) -> Any:
         return item.resolve(connect())
 
-    return map_references(value, resolve, (Reference, PersistentContext), copies=copies)
+    return map_references(value, resolve, (Reference, PersistentContext), copies=True)
 
 
 # -- pickles ---------------------------------------------------------------------------

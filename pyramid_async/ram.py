@@ -112,7 +112,7 @@ class RamStore:
     def unpack(self, payload: Any, table: RamTable) -> Any:
         if isinstance(payload, FileResult):
             return replace(payload, content=self.unpack(payload.content, table))
-        return resolve_references(payload, lambda: table.connection, copies=True)
+        return resolve_references(payload, lambda: table.connection)
 
     def explain(self, error: BaseException) -> str:
         db = self.connections.db

@@ -430,13 +430,13 @@ class Plan:
             if fault is not None:
                 self._faults[_place(step, moment)] = fault, times
 
-    def lose_wakeups(self, times: float = math.inf) -> None:
+    def lose_wakeups(self) -> None:
         """Let wake-ups vanish, as when the process dies after the commit."""
-        self._faults["wake", "lost"] = _nothing, times
+        self._faults["wake", "lost"] = _nothing, math.inf
 
-    def double_wakeups(self, times: float = math.inf) -> None:
+    def double_wakeups(self) -> None:
         """Let wake-ups arrive twice."""
-        self._faults["wake", "doubled"] = _nothing, times
+        self._faults["wake", "doubled"] = _nothing, math.inf
 
     def check(self) -> None:
         """Raise AssertionError for a fault that never struck."""

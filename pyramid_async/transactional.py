@@ -34,7 +34,9 @@ from transaction.interfaces import NoTransaction, TransientError
 
 log = logging.getLogger(__name__)
 
-# Seconds after which `transact` repeats nothing: a server that is away was waited for already.
+# How often `transact` tries in all.
+ATTEMPTS = 5
+# Seconds after which it repeats nothing: a server that is away was waited for already.
 PATIENCE = 5.0
 
 P = ParamSpec("P")
@@ -299,13 +301,13 @@ class OwnManager(transaction.TransactionManager):
             super().abort()
 
 
-def transact(store: Any, work: Callable[[Any], Any], attempts: int = 5) -> Any:
+def transact(store: Any, work: Callable[[Any], Any]) -> Any:
     """Call ``work(table)`` in a transaction and on a connection of its own; return its value.
 
-    Commits.  Conflicts are tried again, *attempts* times in all; so *work* must find its own
-    earlier work done, should the reply to a commit be lost.
+    Commits.  Conflicts are tried again, so *work* must find its own earlier work done, should the
+    reply to a commit be lost.
     """
-    pauses, begun = backoff(attempts - 1, 0.01), monotonic()
+    pauses, begun = backoff(ATTEMPTS - 1, 0.01), monotonic()
     while True:
         tm = OwnManager()
         tm.begin()

@@ -401,7 +401,6 @@ def test_all_other_objects_are_left_alone(conn, thing):
 def test_what_holds_no_persistent_object_is_passed_without_a_copy():
     value = ([1, "a", b"", None, 2.5, True], {"k": {1, 2}, (1,): frozenset()}, Point(1, [Plain(1)]))
     assert map_references(value, refer) is value
-    assert resolve_references(value, None) is value
 
 
 def test_container_met_twice_stays_one(conn, thing):

@@ -259,7 +259,7 @@ def conflict(system, rival):
         system.change(write_first)
 
     with pytest.raises(ConflictError) as caught:
-        transact(system.store, write, attempts=1)
+        transact(system.store, write)
     return caught.value
 
 

@@ -9,7 +9,6 @@ import textwrap
 import threading
 from collections import defaultdict
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from uuid import uuid4
@@ -32,7 +31,6 @@ from pyramid_async.jobs import FRESH, Live
 from pyramid_async.prefork import Hints
 from pyramid_async.recovery import ARCHIVE_AFTER
 from pyramid_async.scheduler import Scheduler, executor_for
-from pyramid_async.transactional import transact
 from pyramid_async.worker import Worker
 from pyramid_async.zodb import BATCH, HAUNTED, ZodbStore, ZodbTable
 
@@ -1147,7 +1145,7 @@ def test_conflict_of_recovery_with_another_process_is_no_error(db, key, caplog, 
             other.recovery.look()
 
         monkeypatch.setattr(ZodbTable, "archive_all", archive_after_the_other)
-        monkeypatch.setattr("pyramid_async.zodb.transact", partial(transact, attempts=1))
+        monkeypatch.setattr("pyramid_async.transactional.ATTEMPTS", 1)
         assert not one.recovery._safely(one.recovery.look)
         assert trees(one) == (0, 1, 1)
         assert one.status(sid).status == "successful"
