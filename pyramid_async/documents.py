@@ -128,7 +128,7 @@ def problem(status: int, title: str | None = None, type: str = "about:blank", **
     *more* are further members; those that are None are left out.
     """
     title = title or exception_response(status).title
-    return problem_response(members(status, title, type, **more))
+    return problem_response(problem_members(status, title, type, **more))
 
 
 def problem_response(members: dict[str, Any]) -> Any:
@@ -153,7 +153,7 @@ def busy(title: str, seconds: int) -> Any:
 def failure(job: JobStatus) -> dict[str, Any]:
     """Return the problem of a failed job: of an unexpected exception no more than its id."""
     told = job.failure
-    return members(
+    return problem_members(
         500,
         "The operation failed.",
         OWN_PROBLEM + "operation-failed",
@@ -162,6 +162,6 @@ def failure(job: JobStatus) -> dict[str, Any]:
     )
 
 
-def members(status: int, title: str, type: str, **more: Any) -> dict[str, Any]:
+def problem_members(status: int, title: str, type: str, **more: Any) -> dict[str, Any]:
     more = {name: member for name, member in more.items() if member is not None}
     return {"type": type, "title": title, "status": status, **more}

@@ -12,7 +12,7 @@ from pyramid.security import NO_PERMISSION_REQUIRED
 from transaction.interfaces import TransientError
 
 from .cors import add_async_cors, protect
-from .documents import PROBLEM_JSON, busy, dumps, members, problem
+from .documents import PROBLEM_JSON, busy, dumps, problem, problem_members
 from .inputs import NO_FORM, form_fields
 from .interfaces import SchedulerFull
 
@@ -109,7 +109,7 @@ def refused(error: Any, request: Any) -> Any:
     """Return an HTTP exception as a problem, without what its body might tell."""
     if error.content_type == PROBLEM_JSON or error.status_code < 400:
         return error
-    body = dumps(members(error.status_code, error.title, "about:blank"))
+    body = dumps(problem_members(error.status_code, error.title, "about:blank"))
     response = Response(body, status=error.status, content_type=PROBLEM_JSON)
     # For the client: a cookie to forget, several challenges.
     response.headerlist += [h for h in error.headerlist if h[0].lower() not in OF_THE_BODY]
