@@ -239,8 +239,8 @@ def print_jobs(found: Page) -> None:
 
 def line(job: Report) -> str:
     """Return a job in one line."""
-    seconds, owner = timestamp(job.seconds) or "-", job.owner or "-"
-    words = f"{job.sid} {job.status:<10} {seconds:<24} {owner} {job.title}"
+    when, owner = timestamp(job.when) or "-", job.owner or "-"
+    words = f"{job.sid} {job.status:<10} {when:<24} {owner} {job.title}"
     text = manage.as_text(job)
     return one_line(f"{words}: {text}" if text else words)
 

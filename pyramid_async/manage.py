@@ -71,7 +71,7 @@ class Report:
         return None if self.job is None else self.job.owner
 
     @property
-    def seconds(self) -> float | None:
+    def when(self) -> float | None:
         """When it finished, or else when it was created."""
         return None if self.job is None else self.job.finished or self.job.created
 
@@ -240,7 +240,7 @@ def is_done(record: Any) -> bool:
 def in_order(jobs: list[Report]) -> list[Report]:
     """Sort the unfinished jobs, the youngest first; they come before the finished ones."""
     unfinished = [job for job in jobs if job.status not in FINAL]
-    unfinished.sort(key=lambda job: job.seconds or 0.0, reverse=True)
+    unfinished.sort(key=lambda job: job.when or 0.0, reverse=True)
     return unfinished + [job for job in jobs if job.status in FINAL]
 
 

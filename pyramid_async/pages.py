@@ -320,7 +320,7 @@ def job_path(request: Any, sid: str) -> str:
 
 
 def when(request: Any, job: Report) -> Any:
-    seconds = job.seconds
+    seconds = job.when
     if seconds is None:
         return None
     now = scheduler_of(request).store.clock()
@@ -414,17 +414,18 @@ def retried(request: Any, job: Report) -> Html | None:
 
 def facts(job: Report) -> Html:
     told: list[tuple[str, Any]] = [("Id", h("code", job.sid)), ("Function", code(job.function))]
-    if job.job is not None:
+    status = job.job
+    if status is not None:
         told += [
-            ("Operation", job.job.process_id),
-            ("User", job.job.owner),
-            ("Created", moment(job.job.created)),
+            ("Operation", status.process_id),
+            ("User", status.owner),
+            ("Created", moment(status.created)),
             ("Not before", moment(job.run_after)),
-            ("Started", moment(job.job.started)),
-            ("Finished", moment(job.job.finished)),
-            ("Expires", moment(job.job.expires)),
-            ("Progress", None if job.job.progress is None else f"{job.job.progress} %"),
-            ("Attempts", job.job.attempts or None),
+            ("Started", moment(status.started)),
+            ("Finished", moment(status.finished)),
+            ("Expires", moment(status.expires)),
+            ("Progress", None if status.progress is None else f"{status.progress} %"),
+            ("Attempts", status.attempts or None),
         ]
     told += [("Held by", job.holder), ("Queue", job.queue), ("Key", job.key)]
     pairs = (together(h("dt", name), h("dd", value)) for name, value in told if value is not None)
