@@ -360,17 +360,12 @@ def _culprit(value: Any, connection: Any) -> Any:
     end = monotonic() + SEARCH
     while True:
         parts = (part for part in _parts(value) if id(part) not in seen)
-        faulty = _first(parts, lambda part: not _is_storable(part, connection), end)
+        timely = takewhile(lambda _: monotonic() < end, parts)
+        faulty = next((part for part in timely if not _is_storable(part, connection)), None)
         if faulty is None:
             return value
         value = faulty
         seen.add(id(value))
-
-
-def _first(parts: Iterable[Any], test: Callable[[Any], bool], end: float) -> Any:
-    """Return the first part that passes the test, or None where none does until the *end*."""
-    timely = takewhile(lambda part: monotonic() < end, parts)
-    return next(filter(test, timely), None)
 
 
 def _parts(value: Any) -> Iterable[Any]:
@@ -387,11 +382,7 @@ def _is_storable(value: Any, connection: Any) -> bool:
     return True
 
 
-class _TheReader:
-    """Stands in a pickle for the connection that loads it."""
-
-
-_READER = _TheReader()
+_READER = object()  # stands in a pickle for the connection that loads it
 _READER_ID = "reader"
 
 
