@@ -50,12 +50,7 @@ def setup(config: Any) -> None:
     """Register the scheduler, ``request.scheduler``, the directives and the routes."""
     config.include("pyramid_tm")
     if config.registry.settings.get("async.executor") == "celery":
-        if find_spec("celery") is None:
-            raise ConfigurationError(
-                "async.executor is celery, which is not installed: pip install"
-                " 'pyramid_async[celery]'"
-            )
-        config.include("pyramid_async.celery")
+        include_celery(config)
     # Above Pyramid's exception views, pyramid_tm and what else may open the ZODB.
     config.add_tween("pyramid_async.config.outer_tween_factory")
     config.add_tween("pyramid_async.config.inner_tween_factory", under=EXCVIEW)
@@ -67,7 +62,19 @@ def setup(config: Any) -> None:
     client.add_client(config)
     pages.add_pages(config)
     openapi.add_openapi(config)
+    add_scheduler(config)
+    config.add_subscriber(start, ApplicationCreated)
 
+
+def include_celery(config: Any) -> None:
+    if find_spec("celery") is None:
+        raise ConfigurationError(
+            "async.executor is celery, which is not installed: pip install 'pyramid_async[celery]'"
+        )
+    config.include("pyramid_async.celery")
+
+
+def add_scheduler(config: Any) -> None:
     def register() -> None:
         config.registry.registerUtility(make_scheduler(config.registry), IScheduler)
 
@@ -80,7 +87,6 @@ def setup(config: Any) -> None:
         order=PHASE1_CONFIG,
         introspectables=(introspectable,),
     )
-    config.add_subscriber(start, ApplicationCreated)
 
 
 # -- the scheduler of an application ---------------------------------------------------
