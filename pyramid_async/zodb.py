@@ -330,7 +330,6 @@ class ZodbTable:
         self.root.key_tree(key)[key] = sid
 
     def sign(self, process: str | None) -> Any:
-        """Return the last sign of life of a process, or None."""
         return self.root.signs.get(process)
 
     def signs(self) -> Iterator[tuple[str, Any]]:
@@ -343,13 +342,11 @@ class ZodbTable:
         self.root.signs.pop(process, None)
 
     def last_seen(self, process: str | None) -> str:
-        """Describe a process and its last sign of life."""
         sign = self.sign(process)
         seen = f"{sign.name}, last sign of life {utc(sign.at)}" if sign else "no sign of life"
         return f"process {process} ({seen})"
 
     def runner(self, record: JobRecord) -> str | None:
-        """Return the process whose sign of life lists the job's attempt, or None."""
         if record.done:
             return None
         signs = (
@@ -362,7 +359,6 @@ class ZodbTable:
         return None
 
     def live(self, record: JobRecord) -> Any:
-        """Return what another process showed of the attempt that it runs, or None."""
         process = self.runner(record)
         return process and self.sign(process).running[record.sid]
 
@@ -453,7 +449,6 @@ class ZodbTable:
                     yield sid
 
     def findings(self) -> Iterator[tuple[str, str]]:
-        """See IJobTable."""
         unfinished, archived = _sids(self.root.unfinished), _sids(self.root.finished)
         expiring = {sid for _, sid in self.root.expiry}
         listed = {sid for tree in self.root.ended.values() for _, sid in tree}
