@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial, wraps
 from pickle import PicklingError, UnpicklingError
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
@@ -218,7 +218,9 @@ class Attempt:
         with running(job):
             job.check()  # it may have been told while it waited after a conflict
             value = call_function(f, args, kw)
-            with suppress(JobStopped):  # what has ended in time need not be run again
+            # What has ended in time need not be run again; what swallowed the word (`gather` with
+            # its exceptions as values, say) has left something out.
+            with nullcontext() if job.heard else suppress(JobStopped):
                 job.check()
         return value
 

@@ -49,6 +49,7 @@ class Job:
         self.deadline: float | None = None  # monotonic
         self.failure: Failure | None = None  # what is kept of what the function raised
         self._interrupt: JobInterrupted | None = None
+        self.heard = False  # `check` has raised it
         self.ending = threading.Lock()  # held by who records and tells how the attempt ended
         self.over = False  # that was done
 
@@ -100,6 +101,7 @@ class Job:
     def check(self) -> None:
         """Raise JobDismissed, JobTimeout or JobStopped when the job must not go on."""
         if self._interrupt is not None:
+            self.heard = True
             raise self._interrupt
         if self.deadline is not None and time.monotonic() > self.deadline:
             self.interrupt(JobTimeout(f"job {self.sid!r} ran longer than its timeout"))

@@ -111,7 +111,7 @@ class Signals:
         assert self._sid is not None
         self._worker.interrupt(self._sid, reason)
         if in_function(frame):
-            raise reason
+            self._worker.running[self._sid].check()  # the first reason stays
         timer = threading.Timer(STRIKE_AGAIN, self._strike_again, (self._sid, reason, signum))
         timer.name, timer.daemon = "pyramid_async-strike", True
         timer.start()

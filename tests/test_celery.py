@@ -934,6 +934,11 @@ def get_signal(number):
         time.sleep(0.005)
 
 
+def get_signal_and_swallow_it(number):
+    with suppress(BaseException):
+        get_signal(number)
+
+
 async def get_signal_in_a_coroutine(number):
     os.kill(os.getpid(), number)
     while True:
@@ -977,7 +982,13 @@ def test_the_soft_limit_fails_a_job_that_never_checks(function, child, broker):
 
 
 @pytest.mark.parametrize(
-    "function", [get_signal, get_signal_in_the_storage, get_signal_in_a_coroutine]
+    "function",
+    [
+        get_signal,
+        get_signal_and_swallow_it,
+        get_signal_in_the_storage,
+        get_signal_in_a_coroutine,
+    ],
 )
 def test_a_process_that_is_told_to_end_gives_its_job_back_first(function, child, broker):
     with client(broker) as web:

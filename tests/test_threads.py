@@ -11,6 +11,7 @@ import textwrap
 import threading
 import time
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -441,6 +442,29 @@ def test_job_that_ends_in_the_time_it_is_given_is_not_run_again(db, key, at, kin
         one.executor.stop(10)
         assert (one.status(sid).status, CALLS[key]) == ("successful", [1])
         assert one.root(lambda root: root["n"]) == 1
+
+
+def count_and_swallow_the_word(root, name, key):
+    count_at_gate(root, name, key)
+    with suppress(BaseException):  # as ``asyncio.gather(…, return_exceptions=True)`` does
+        current_job().progress(1, 2)
+
+
+@both_stores
+def test_job_that_swallows_the_word_to_stop_is_not_kept_half_done(db, key, at, kind):
+    with process(kind, db, workers=1) as one:
+        sid = one.schedule(count_and_swallow_the_word, ROOT, at, key)
+        GATES[at].reach()
+        tell = one.executor.tell
+
+        def tell_and_let_it_end():
+            tell()
+            GATES[at].opened.set()
+
+        one.executor.tell = tell_and_let_it_end
+        one.executor.stop(10)
+        assert (one.status(sid).status, CALLS[key]) == ("accepted", [1])
+        assert one.root(lambda root: root.get("n")) is None
 
 
 def test_stop_takes_no_longer_than_its_time_when_a_job_never_ends(db, at, caplog):
