@@ -645,8 +645,10 @@ export class AsyncJobElement extends Base {
     percent.textContent = message.textContent = "";
     this.#say(texts.lost);
     this.#explain(error.problem ?? { title: error.message });
+    const stop = this.#stop;
     this.#tell("joberror", error);
-    this.#followed = undefined; // put in place again, it tries again
+    // Put in place again, it tries again; unless a handler gave it another job.
+    if (this.#stop === stop) this.#followed = undefined;
   }
 
   #tell(type, detail) {

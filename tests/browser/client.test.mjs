@@ -893,6 +893,25 @@ test("an element that was refused asks with new headers when it is put in place 
   await until(async () => (await shown.text("status")) === "Finished");
 });
 
+test("an element that was given another job when it was refused can be moved with it", LIMIT, async () => {
+  const shown = await visit();
+  await shown.page.route("**/async/refused*", (route) => route.fulfill({ status: 404 }));
+  const path = await server.job("work", { seconds: 3 });
+  await shown.page.evaluate((path) => {
+    const job = document.createElement("async-job");
+    job.addEventListener("joberror", () => (job.src = path));
+    job.src = "/async/refused";
+    document.querySelector("main").append(job);
+  }, path);
+  await until(async () => (await shown.text("status")) === "Running");
+  const isShown = await shown.page.evaluate(() => {
+    const job = document.querySelector("async-job");
+    document.querySelector("main").append(job);
+    return job.job !== null;
+  });
+  assert.ok(isShown);
+});
+
 test("an element that is taken away stops asking", LIMIT, async () => {
   const shown = await visit({ src: [await server.job("work", { seconds: 4 })] });
   await until(() => shown.looks.length > 1);
