@@ -15,7 +15,7 @@ from transaction.interfaces import NoTransaction
 from ZODB.Connection import Connection
 
 from .interfaces import AsyncError
-from .transactional import OwnManager, flush, manager_itself
+from .transactional import OwnManager, failing_for_good, flush, manager_itself
 
 # Pid -> ids that were drawn and not used.  Not emptied by a hook of `os.fork`: a server that
 # forks in C (uWSGI) calls none.
@@ -199,9 +199,10 @@ def refuse_two_connections(txn: Any) -> None:
 def _check(txn: Any) -> None:
     flush(txn)
     databases = [r.db() for r in txn._resources if isinstance(r, Connection)]
-    for db in databases:
-        if databases.count(db) > 1:
-            raise TwoConnections(db.database_name)
+    with failing_for_good(txn):
+        for db in databases:
+            if databases.count(db) > 1:
+                raise TwoConnections(db.database_name)
 
 
 class TwoConnections(AsyncError, RuntimeError):

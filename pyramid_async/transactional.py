@@ -22,7 +22,7 @@ import logging
 import random
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import wraps
 from time import monotonic, sleep
 from types import MethodType
@@ -273,10 +273,23 @@ def flush(txn: Any) -> None:
     zope.sqlalchemy does it in the commit, where the storage is locked already: it would wait for
     ever for a row of another transaction that waits for the storage.
     """
-    for resource in txn._resources:  # which may grow: a flush may write through another session
-        session: Any = getattr(resource, "session", None)
-        if hasattr(session, "flush"):
-            session.flush()
+    with failing_for_good(txn):
+        for resource in txn._resources:  # which may grow: a flush may write through another one
+            session: Any = getattr(resource, "session", None)
+            if hasattr(session, "flush"):
+                session.flush()
+
+
+@contextmanager
+def failing_for_good(txn: Any) -> Iterator[None]:
+    """Let a transaction fail as in its commit where the block, a part of that, fails.
+
+    Else who swallows the error, and commits once more, would commit what is left of it.
+    """
+    try:
+        yield
+    except BaseException:
+        txn._saveAndRaiseCommitishError()
 
 
 def _name(f: Callable[..., Any]) -> str:

@@ -13,7 +13,8 @@ import ZODB
 from bare import Clock, LosesReply, memory
 from BTrees.OOBTree import OOBTree
 from persistent import Persistent
-from webapp import GATES, SqlSession, gate
+from transaction.interfaces import TransactionFailedError
+from webapp import GATES, SqlSession, gate, refused_once
 from ZODB.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import ConflictError
@@ -21,6 +22,7 @@ from ZODB.POSException import ConflictError
 from pyramid_async import JobStopped, current_job
 from pyramid_async.context import PersistentContext
 from pyramid_async.interfaces import JobDismissed, NotSchedulable
+from pyramid_async.process import TwoConnections
 from pyramid_async.scheduler import PersistentTransactionalScheduler, TransactionalScheduler
 from pyramid_async.transactional import transactional
 
@@ -536,6 +538,29 @@ def test_sql_is_sent_before_the_database_is_locked_where_scheduling_begins_the_t
     transaction.get().join(SqlSession(lambda: locked.append(lock.locked())))
     transaction.commit()
     assert locked[0] is False
+
+
+def refused_sql(persistent):
+    transaction.get().join(refused_once(ZeroDivisionError()))
+    return ZeroDivisionError
+
+
+def second_connection(persistent):
+    persistent.db.open().root()["second"] = 1
+    return TwoConnections
+
+
+@pytest.mark.parametrize("spoil", [refused_sql, second_connection])
+def test_commit_that_we_refuse_is_not_made_by_who_commits_once_more(persistent, spoil):
+    sid = persistent.scheduler.schedule(show)
+    persistent.root["first"] = 1
+    with pytest.raises(spoil(persistent)):
+        transaction.commit()
+    with pytest.raises(TransactionFailedError):
+        transaction.commit()
+    transaction.abort()
+    assert "first" not in persistent.root
+    assert persistent.scheduler.completed(sid) is None
 
 
 def test_two_persistent_schedulers_of_one_database_are_apart(persistent, wait_for):

@@ -8,7 +8,7 @@ import logging
 import threading
 import weakref
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 from uuid import uuid4
 
@@ -19,7 +19,7 @@ from bare import ROOT, Clock, LosesReply, Process, memory, process, together
 from persistent import Persistent
 from persistent.mapping import PersistentMapping
 from transaction.interfaces import TransientError
-from webapp import GATES, Barrier, SqlSession, gate
+from webapp import GATES, Barrier, SqlSession, gate, refused_once
 from ZODB.blob import Blob
 from ZODB.DemoStorage import DemoStorage
 from ZODB.POSException import ConflictError
@@ -662,6 +662,19 @@ def test_sql_is_sent_before_the_commit_locks_the_database(one, key, checkpoint):
     """The row may be another transaction's that waits for the database."""
     one.run(write_sql, ROOT, key, checkpoint)
     assert CALLS[key][0] is False
+
+
+def swallow_what_a_checkpoint_raises(root, error):
+    root["n"] = 1
+    transaction.get().join(refused_once(error))
+    with suppress(Exception):
+        current_job().checkpoint(1)
+
+
+def test_checkpoint_whose_sql_is_refused_commits_nothing_although_the_job_swallows_that(one):
+    sid = one.run(swallow_what_a_checkpoint_raises, ROOT, KeyError("no such row"))
+    assert one.status(sid).status == "failed"
+    assert one.root(lambda root: "n" in root) is False
 
 
 class WithoutRequests(Surroundings):

@@ -165,6 +165,17 @@ class SqlSession(Barrier):
         self.session.flush()
 
 
+def refused_once(error):
+    """A session that cannot send what it holds, the first time."""
+    errors = [error]
+
+    def flush():
+        if errors:
+            raise errors.pop()
+
+    return SqlSession(flush)
+
+
 def commit_slowly(name, phase, mark, sort_key="!first"):
     leave_a_mark(mark)
     current_job().request.tm.get().join(Barrier(name, phase, sort_key))
