@@ -48,6 +48,8 @@ EVENTS = {
 
 def setup(config: Any) -> None:
     """Register the scheduler, ``request.scheduler``, the directives and the routes."""
+    if config.registry.queryUtility(IScheduler) is not None:
+        return  # included again after `config.commit`: another would not know the operations
     config.include("pyramid_tm")
     if config.registry.settings.get("async.executor") == "celery":
         include_celery(config)
@@ -94,10 +96,7 @@ def add_scheduler(config: Any) -> None:
 
 def make_scheduler(registry: Any) -> Scheduler:
     """Return the scheduler that the registry's settings describe.  Starts nothing."""
-    try:
-        settings = read_settings(registry.settings)
-    except BadSetting as error:
-        raise ConfigurationError(str(error)) from None
+    settings = settings_of(registry)
 
     def notify(sid: str, status: str) -> None:
         registry.notify(EVENTS[status](sid, status, registry))
@@ -111,6 +110,13 @@ def make_scheduler(registry: Any) -> Scheduler:
         notify=notify,
     )
     return Scheduler(worker, make_executor(registry, worker, settings), settings)
+
+
+def settings_of(registry: Any) -> dict[str, Any]:
+    try:
+        return read_settings(registry.settings)
+    except BadSetting as error:
+        raise ConfigurationError(str(error)) from None
 
 
 def make_executor(registry: Any, worker: Worker, settings: dict[str, Any]) -> Any:
@@ -175,6 +181,7 @@ def start(event: Any) -> None:
     """Make the records' place in the database and look for jobs that an earlier process left."""
     registry = event.app.registry
     scheduler = registry.getUtility(IScheduler)
+    refuse_late(registry, scheduler)
     executor = scheduler.executor
     if idle.get():
         executor.stop(0)  # never started, and never to be
@@ -187,6 +194,22 @@ def start(event: Any) -> None:
     if isinstance(scheduler.store, ZodbStore):
         scheduler.store.install()
         executor.start()
+
+
+def refuse_late(registry: Any, scheduler: Scheduler) -> None:
+    """Refuse what was configured when the scheduler had been made: it would go unheeded."""
+    for name, value in settings_of(registry).items():
+        if value != scheduler.settings[name]:
+            raise ConfigurationError(
+                f"async.{name} was set after config.include('pyramid_async') was carried out: set"
+                " it before, or include 'pyramid_async.celery' first"
+            )
+    late = not scheduler.store.durable and databases(registry)
+    if late and scheduler.settings["store"] == "auto":
+        raise ConfigurationError(
+            "pyramid_zodbconn came after config.include('pyramid_async') was carried out, so the"
+            " jobs would be in RAM: include it before, or set async.store = ram"
+        )
 
 
 def outer_tween_factory(handler: Any, registry: Any) -> Any:

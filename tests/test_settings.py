@@ -9,6 +9,8 @@ import pytest
 from pyramid.config import Configurator
 from pyramid.exceptions import ConfigurationError
 
+from pyramid_async.config import databases
+from pyramid_async.interfaces import IScheduler
 from pyramid_async.ram import RamStore
 from pyramid_async.recovery import Recovery
 from pyramid_async.settings import SETTINGS, BadSetting, read_settings
@@ -151,6 +153,56 @@ def test_bad_setting_stops_the_start_of_an_application(settings):
     config.include("pyramid_async")
     with pytest.raises(ConfigurationError, match=name):
         config.commit()
+
+
+@pytest.fixture(params=["commit", "autocommit"])
+def config(request):
+    """A configurator that has carried out what it was told, with the jobs in RAM."""
+    config = Configurator(settings={"zodbconn.uri": "memory://"})
+    config.autocommit = request.param == "autocommit"
+    config.include("pyramid_async")
+    config.commit()
+    yield config
+    close_databases(config.registry)
+
+
+def close_databases(registry):
+    for database in databases(registry).values():
+        database.close()
+
+
+LATE = {
+    "async.workers": lambda config: config.add_settings({"async.workers": "5"}),
+    "async.wrokers": lambda config: config.add_settings({"async.wrokers": "5"}),
+    "async.executor": lambda config: config.include("pyramid_async.celery"),
+    "pyramid_zodbconn": lambda config: config.include("pyramid_zodbconn"),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_what_is_configured_too_late_stops_the_start(config, name):
+    LATE[name](config)
+    with pytest.raises(ConfigurationError, match=name):
+        config.make_wsgi_app()
+
+
+def test_zodb_that_is_included_late_may_stand_beside_jobs_that_are_meant_for_ram():
+    config = Configurator(settings={"zodbconn.uri": "memory://", "async.store": "ram"})
+    config.include("pyramid_async")
+    config.commit()
+    config.include("pyramid_zodbconn")
+    close_databases(config.make_wsgi_app().registry)
+
+
+def test_package_that_includes_it_again_takes_no_operations_away(config):
+    def package(config):
+        config.include("pyramid_async")
+
+    config.add_operation("sqrt", math.sqrt)
+    config.commit()
+    config.include(package)
+    registry = config.make_wsgi_app().registry
+    assert list(registry.getUtility(IScheduler).operations) == ["sqrt"]
 
 
 @pytest.mark.parametrize("kind", [Worker, Recovery, ThreadExecutor, RamStore])
