@@ -343,10 +343,10 @@ class IJobTable(Interface):
         """Give the key to a job; two that take one key conflict at commit."""
 
     def sign(process: str | None) -> Any:
-        """Return the last sign of life of a process, or None."""
+        """Return the last sign of life of a process, or None: there is none that can be read."""
 
     def signs() -> Any:
-        """Iterate over (process, sign of life) of all processes that showed one."""
+        """Iterate over (process, sign of life) of all that showed one; None: it cannot be read."""
 
     def show_sign(process: str, sign: Any) -> None:
         """Store the first sign of life of a process."""

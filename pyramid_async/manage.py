@@ -385,6 +385,7 @@ def shown_processes(inside: Inside) -> list[Process]:
     return [
         Process(id, sign.name, sign.at, is_silent(inside, sign.at), tuple(sorted(sign.running)))
         for id, sign in inside.table.signs()
+        if sign is not None
     ]
 
 
@@ -508,7 +509,8 @@ class Check:
         return None if self.somebody_works() else "waits, and no process shows a sign of life"
 
     def somebody_works(self) -> bool:
-        return any(self.inside.now - sign.at <= 2 * self.lease for sign in self.signs.values())
+        signs = filter(None, self.signs.values())
+        return any(self.inside.now - sign.at <= 2 * self.lease for sign in signs)
 
     def uncallable(self, record: JobRecord) -> str | None:
         """Tell of a call that cannot be made: after an upgrade, say."""

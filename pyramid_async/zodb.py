@@ -22,7 +22,7 @@ from ZODB.blob import BlobStorage
 from ZODB.DemoStorage import DemoStorage
 from ZODB.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
-from ZODB.POSException import POSKeyError
+from ZODB.POSException import POSKeyError, StateLoadError
 from zope.interface import implementer
 
 from .conflicts import explain
@@ -274,6 +274,15 @@ def find(reference: str) -> Any:
     return attrgetter(name)(import_module(module))
 
 
+def is_loadable(obj: Any) -> bool:
+    """Load a persistent object; say no if it is gone, or in a state of another version's."""
+    try:
+        obj._p_activate()
+    except (POSKeyError, StateLoadError):
+        return False
+    return True
+
+
 @implementer(IJobTable)
 class ZodbTable:
     """See IJobTable: the records as one connection sees them."""
@@ -301,11 +310,8 @@ class ZodbTable:
             record = self.root.finished[shard].get(sid)
         if not isinstance(record, JobRecord | None):
             raise BadRecord(sid, type(record).__name__)
-        if record is not None:
-            try:
-                record._p_activate()
-            except POSKeyError:
-                raise BadRecord(sid, "lost object") from None
+        if record is not None and not is_loadable(record):
+            raise BadRecord(sid, "lost object")
         return record
 
     def drop(self, sid: str) -> None:
@@ -330,10 +336,12 @@ class ZodbTable:
         self.root.key_tree(key)[key] = sid
 
     def sign(self, process: str | None) -> Any:
-        return self.root.signs.get(process)
+        sign = self.root.signs.get(process)
+        return sign if sign is not None and is_loadable(sign) else None
 
     def signs(self) -> Iterator[tuple[str, Any]]:
-        yield from self.root.signs.items()
+        for process in self.root.signs:
+            yield process, self.sign(process)
 
     def show_sign(self, process: str, sign: Any) -> None:
         self.root.signs[process] = sign

@@ -372,7 +372,18 @@ class Vanishing(JobRecord):
     """A kind of record that a later version has not."""
 
 
-@pytest.mark.parametrize("bad", ["foreign", "gone", "text", "status"])
+def refuse_to_load():
+    raise TypeError("Failure() takes one argument less")
+
+
+class Newer:
+    """What a newer version keeps in a record and this one cannot load."""
+
+    def __reduce__(self):
+        return refuse_to_load, ()
+
+
+@pytest.mark.parametrize("bad", ["foreign", "gone", "text", "status", "newer"])
 def test_bad_record_is_an_error_for_its_own_id_alone(durable, key, bad, monkeypatch, caplog):
     good = durable.run(give, 1)
     sid = "ab" * 16
@@ -385,10 +396,13 @@ def test_bad_record_is_an_error_for_its_own_id_alone(durable, key, bad, monkeypa
             record = Vanishing(sid, 1.0, f"{__name__}:give")
             if bad == "status":
                 record.status = "confused"
+            elif bad == "newer":
+                record.failure = Newer()
         table.root.unfinished[table.root.shard(sid)][sid] = record
     if bad == "gone":
         monkeypatch.delattr(f"{__name__}.Vanishing")
     resetCaches()  # ghosts keep their class
+    durable.db.cacheMinimize()
     for _ in range(3):
         durable.recovery.look()
     assert len(lines_about(caplog, f"{sid!r} cannot be read")) == 1

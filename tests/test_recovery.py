@@ -23,13 +23,13 @@ from webapp import GATES, Barrier, gate
 from ZEO.Exceptions import ClientDisconnected
 from ZODB.POSException import ConflictError
 
-from pyramid_async import current_job
+from pyramid_async import current_job, manage
 from pyramid_async.attempt import Attempt
 from pyramid_async.current import Job
 from pyramid_async.interfaces import JobTaken
 from pyramid_async.jobs import FRESH, Live
 from pyramid_async.prefork import Hints
-from pyramid_async.recovery import ARCHIVE_AFTER
+from pyramid_async.recovery import ARCHIVE_AFTER, Sign
 from pyramid_async.scheduler import Scheduler, executor_for
 from pyramid_async.worker import Worker
 from pyramid_async.zodb import BATCH, HAUNTED, ZodbStore, ZodbTable
@@ -140,7 +140,7 @@ def frozen(process, key, at, f=count_behind_gate):
 def read_signs(process):
     """Return what the signs of life say: process -> (beat, sids that it lists)."""
     with process.transaction() as (table, _):
-        return {name: (s.beat, set(s.running)) for name, s in table.root.signs.items()}
+        return {name: s and (s.beat, set(s.running)) for name, s in table.signs()}
 
 
 # -- jobs that nobody received -------------------------------------------------------------
@@ -954,6 +954,43 @@ def test_removal_by_another_process_reaches_the_running_job(machines, key, at):
     while not CALLS[key]:
         one.executor.threads[0].join(0.005)
     assert type(CALLS[key][0]) is JobTaken
+
+
+def refuse_to_load():
+    raise TypeError("Live() takes one argument less")
+
+
+class Newer:
+    """What a newer version keeps in its signs of life and this one cannot load."""
+
+    def __reduce__(self):
+        return refuse_to_load, ()
+
+
+def test_sign_that_cannot_be_read_keeps_nothing_else_from_being_done(machines, key):
+    """The application went back to an older version of this library, say."""
+    one, other = machines.process(), machines.process(workers=0)
+    sign = Sign("a newer process")
+    sign.running["5" * 32] = Newer()
+    with other.transaction() as (table, _):
+        table.show_sign("dead", sign)
+    machines.db.cacheMinimize()
+    nobodys, of_the_dead = other.plant(note, key), other.plant(note, key)
+    other.record(nobodys, holder=None)
+    other.die(of_the_dead)
+    assert one.status(nobodys).status == "accepted"
+    running = one.ask(lambda scheduler: scheduler.jobs("running"))
+    assert [job.sid for job in running] == [of_the_dead]
+    assert manage.processes(other.scheduler) == []
+    one.recovery.look()
+    one.wait(nobodys)
+    assert read_signs(one).keys() == {"dead"}
+    machines.pass_time(LEASE + 1)
+    one.recovery.look()
+    one.wait(of_the_dead)
+    machines.pass_time(LEASE + 1)
+    one.recovery.look()
+    assert read_signs(one).keys() == set()
 
 
 # -- archive and expiry --------------------------------------------------------------------
