@@ -30,6 +30,7 @@ import transaction
 from persistent import Persistent
 from transaction.interfaces import NoTransaction, TransientError
 from ZODB import DB
+from ZODB.broken import Broken
 from ZODB.Connection import Connection
 from ZODB.POSException import POSKeyError
 from ZODB.utils import oid_repr, z64
@@ -59,6 +60,14 @@ class ObjectGone(AsyncError, LookupError):
     def __str__(self) -> str:
         kind, oid, database = self.args
         return f"{kind} {oid_repr(oid)} of database {database!r} is gone"
+
+
+class ClassGone(AsyncError, LookupError):
+    """This process does not know the object's class (class name, oid, database name)."""
+
+    def __str__(self) -> str:
+        kind, oid, database = self.args
+        return f"the class of {kind} {oid_repr(oid)} of database {database!r} is gone"
 
 
 class DatabaseMissing(AsyncError, LookupError):
@@ -96,7 +105,7 @@ class Reference:
     def load(self, connection: Any) -> Any:
         """Return the object, its state loaded, as the connection sees it.
 
-        Raises `ObjectGone` or `DatabaseMissing`.
+        Raises `ObjectGone`, `ClassGone` or `DatabaseMissing`.
         """
         obj = self._get(connection)
         self._activate(obj)
@@ -128,6 +137,10 @@ class Reference:
             obj._p_activate()
         except POSKeyError as error:
             raise ObjectGone(self.kind, self.oid, self.database) from error
+        if isinstance(obj, Broken):
+            # What stands in for it has no method and no default of its class, and would be
+            # taken for the object where none is asked for.
+            raise ClassGone(self.kind, self.oid, self.database)
 
 
 # Not `dataclasses.astuple`, which copies deeply: `schedule` calls it for each persistent argument.
@@ -323,7 +336,7 @@ def dumps(value: Any, connection: Any, tm: Any = None) -> tuple[bytes, list[Any]
 def loads(data: bytes, connection: Any) -> Any:
     """Return the value of a pickle made by `dumps`, its objects loaded by *connection*.
 
-    A `PersistentContext` in it is bound to the connection.  Raises `ObjectGone` or
+    A `PersistentContext` in it is bound to the connection.  Raises `ObjectGone`, `ClassGone` or
     `DatabaseMissing`, and what unpickling raises where a class is gone.
     """
     references, body = pickle.loads(data)

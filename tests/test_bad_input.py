@@ -17,7 +17,7 @@ from ZODB.Connection import Connection, resetCaches
 from ZODB.POSException import StorageError
 
 from pyramid_async import manage
-from pyramid_async.context import ObjectGone
+from pyramid_async.context import ObjectGone, PersistentContext
 from pyramid_async.interfaces import BadRecord, InvalidTransition, JobFailed, NotSchedulable
 from pyramid_async.jobs import JobRecord
 from pyramid_async.zodb import Large
@@ -350,6 +350,34 @@ def test_argument_whose_class_is_gone_fails_its_job_alone(durable, key, monkeypa
     durable.worker.run(sid)
     assert durable.status(sid).failure.class_name == "AttributeError"
     assert still_works(durable, key)
+
+
+class Leaving(Persistent):
+    """A class that a later version of the application has not, or an older one had not."""
+
+
+@pytest.mark.parametrize("wrap", [lambda obj: [obj], PersistentContext], ids=["list", "context"])
+def test_persistent_argument_whose_class_is_gone_fails_its_job_alone(
+    durable, key, monkeypatch, wrap
+):
+    """The ZODB puts an object without any behaviour in its place."""
+    with durable.transaction() as (table, root):
+        root["leaving"] = leaving = Leaving()
+        root._p_jar.add(leaving)
+        sid = durable.scheduler.using(tm=table.tm).schedule(keep_first, root, wrap(leaving))
+    monkeypatch.delattr(f"{__name__}.Leaving")
+    resetCaches()  # ghosts keep their class
+    durable.db.cacheMinimize()
+    durable.worker.run(sid)
+    failure = durable.status(sid).failure
+    assert failure.class_name == "ClassGone"
+    assert failure.message.startswith(f"the class of {__name__}.Leaving 0x")
+    assert durable.root(lambda root: "first" not in root)
+    assert still_works(durable, key)
+
+
+def keep_first(root, things):
+    root["first"] = things[0]
 
 
 def test_arguments_that_are_damaged_fail_their_job_alone(durable, key):

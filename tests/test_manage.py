@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 import pytest
 import transaction
+from persistent import Persistent
 from persistent.mapping import PersistentMapping
 from pyramid.csrf import SessionCSRFStoragePolicy
 from pyramid.session import SignedCookieSessionFactory
@@ -26,6 +27,7 @@ from webapp import (
     kind,
     tell,
 )
+from ZODB.Connection import resetCaches
 
 from pyramid_async import JobNotFound, JobStatus, current_job, manage
 from pyramid_async.interfaces import NotRetriable
@@ -696,6 +698,18 @@ def test_check_finds_arguments_that_cannot_be_loaded(durable):
     sid = put(durable, echo, 1, run_after=1000)
     transact(durable.scheduler.store, lambda table: setattr(table.get(sid), "arguments", b"\x80no"))
     assert "its arguments cannot be loaded" in findings(durable)[sid]
+
+
+class Leaving(Persistent):
+    """A class that a later version of the application has not."""
+
+
+def test_check_finds_persistent_arguments_whose_class_is_gone(durable, monkeypatch):
+    sid = put(durable, echo, Leaving(), run_after=1000)
+    monkeypatch.delattr("test_manage.Leaving")
+    resetCaches()  # ghosts keep their class
+    durable.scheduler.store.db.cacheMinimize()
+    assert "ClassGone('test_manage.Leaving'" in findings(durable)[sid]
 
 
 def test_check_finds_maintenance_that_nobody_does(durable, set_clock):
