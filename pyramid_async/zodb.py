@@ -36,6 +36,10 @@ from .zeo import forget_oids_on_reconnect, unwrapped
 ROOT_KEY = "pyramid_async"
 SHARDS = 256
 
+# Of the records; it grows when versions that know no more than the one before cannot read them,
+# or would spoil them.
+FORMAT = 1
+
 # A payload over this many bytes is an object of its own, so that a status does not load it.
 INLINE_PAYLOAD = 64 * 1024
 
@@ -65,6 +69,8 @@ class JobRoot(Persistent):
     is scheduled and stays there until maintenance moves it: the commit that finishes a job
     writes the record alone.
     """
+
+    format = 1  # what it is where none is stored: stays, when FORMAT grows
 
     def __init__(self, shards: int = SHARDS) -> None:
         self.unfinished = tuple(OOBTree() for _ in range(shards))  # sid -> JobRecord
@@ -130,6 +136,17 @@ class NotInstalled(AsyncError, RuntimeError):
         )
 
 
+class NewerFormat(AsyncError, RuntimeError):
+    """The records are in a format that this version does not know (the format, ours)."""
+
+    def __str__(self) -> str:
+        theirs, ours = self.args
+        return (
+            f"the jobs of this database are in format {theirs}, and this version of pyramid_async"
+            f" knows {ours}: install the version that wrote them, or a newer one"
+        )
+
+
 @implementer(IJobStore)
 class ZodbStore:
     """See IJobStore.  *locate* finds the JobRoot from an open connection."""
@@ -164,7 +181,7 @@ class ZodbStore:
         connection = connect() if connect else self.connections.open(tm)
         if pending(tm) is not None or not manager_itself(tm).explicit:
             refuse_two_connections(tm.get())
-        return ZodbTable(connection, self.locate(connection), tm, self.clock)
+        return ZodbTable(connection, known(self.locate(connection)), tm, self.clock)
 
     def release(self, tm: Any) -> None:
         self.connections.release(tm)
@@ -184,6 +201,7 @@ class ZodbStore:
         root = self.connections.open(tm).root()
         if ROOT_KEY not in root:
             root[ROOT_KEY] = JobRoot()
+        known(root[ROOT_KEY])
 
     def explain(self, error: BaseException) -> str:
         return explain(error, self.db)
@@ -244,6 +262,13 @@ def locate_root(connection: Any) -> JobRoot:
     root = connection.root().get(ROOT_KEY)
     if root is None:
         raise NotInstalled()
+    return root
+
+
+def known(root: JobRoot) -> JobRoot:
+    """Return the JobRoot, or raise NewerFormat."""
+    if root.format > FORMAT:
+        raise NewerFormat(root.format, FORMAT)
     return root
 
 

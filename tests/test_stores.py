@@ -50,7 +50,7 @@ from pyramid_async.jobs import (
 from pyramid_async.process import Connections
 from pyramid_async.ram import VOTE_TIMEOUT, RamStore
 from pyramid_async.transactional import manager_itself
-from pyramid_async.zodb import HAUNTED, INLINE_PAYLOAD, JobRoot, ZodbStore
+from pyramid_async.zodb import FORMAT, HAUNTED, INLINE_PAYLOAD, JobRoot, NewerFormat, ZodbStore
 
 NOW = 1_000_000.0
 SID = "0123456789abcdef0123456789abcdef"
@@ -1613,6 +1613,19 @@ def test_installing_twice_writes_once(zodb_store):
     last = zodb_store.db.lastTransaction()
     zodb_store.install()
     assert zodb_store.db.lastTransaction() == last
+
+
+def test_records_of_a_newer_format_are_left_alone(zodb_store, database):
+    """The application went back to an older version of this library."""
+    with database.transaction() as connection:
+        connection.root()["pyramid_async"].format = FORMAT + 1
+    with pytest.raises(NewerFormat, match=f"in format {FORMAT + 1}, .* knows {FORMAT}:"):
+        zodb_store.install()
+    tm = transaction.TransactionManager()
+    with pytest.raises(NewerFormat):
+        zodb_store.table(tm)
+    tm.abort()
+    zodb_store.release(tm)
 
 
 def test_processes_may_install_at_the_same_time(database, monkeypatch):
