@@ -57,7 +57,12 @@ SID = re.compile("[0-9a-f]{32}")
 
 def includeme(config: Any) -> None:
     """Let Celery run the jobs: ``config.include('pyramid_async.celery')``."""
-    config.registry.settings["async.executor"] = "celery"
+    executor = config.registry.settings.setdefault("async.executor", "celery")
+    if executor != "celery":
+        raise ConfigurationError(
+            f"async.executor is {executor!r} and pyramid_async.celery is included: remove the one"
+            " or the other"
+        )
     config.registry.registerUtility(make_executor, IExecutorFactory)
     config.include("pyramid_async")
 

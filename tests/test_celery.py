@@ -44,6 +44,7 @@ from celery.bin.celery import celery as celery_command
 from crash.executors import BROKERS, remove_queue
 from kombu import Queue
 from kombu.serialization import registry
+from pyramid.config import Configurator
 from pyramid.exceptions import ConfigurationError
 from pyramid.paster import get_app
 from webapp import EXPLICIT, GATES, browser, echo, gate
@@ -776,6 +777,12 @@ def test_including_the_module_is_enough(broker):
     settings = {"async.celery.broker": broker, "async.celery.queue": uuid4().hex}
     with browser(settings, zodb=f"memory://{uuid4().hex}", routes=include) as web:
         assert isinstance(web.scheduler.executor, module.CeleryExecutor)
+
+
+def test_including_the_module_contradicts_another_executor():
+    config = Configurator(settings={"async.executor": "threads"})
+    with pytest.raises(ConfigurationError, match=r"async\.executor is 'threads' and .* included"):
+        config.include("pyramid_async.celery")
 
 
 def test_whoever_can_write_to_the_broker_reaches_the_bells():
