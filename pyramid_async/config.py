@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from contextvars import ContextVar
 from importlib.util import find_spec
@@ -35,6 +36,8 @@ from .threads import ThreadExecutor, exit_on_sigterm
 from .waiting import note_transaction
 from .worker import Worker
 from .zodb import AFTER_FORK, OpenedBeforeFork, ZodbStore
+
+log = logging.getLogger(__name__)
 
 # What a job has become -> the event that tells it.
 EVENTS = {
@@ -186,6 +189,11 @@ def start(event: Any) -> None:
     if idle.get():
         executor.stop(0)  # never started, and never to be
         scheduler.worker.keeps = False
+    elif scheduler.store.exclusive and scheduler.settings["workers"] == 0:
+        log.warning(
+            "async.workers is 0 and no other process can see the jobs, in RAM or in a database that"
+            " has one owner: nobody will run them"
+        )
     enlarge_pools(registry, executor.workers)
     exit_on_sigterm()
     if databases(registry) and will_fork():

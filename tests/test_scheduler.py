@@ -648,6 +648,13 @@ def test_job_cancelled_by_the_request_that_scheduled_it_never_runs(web, key):
     assert CALLS[key] == []
 
 
+@pytest.mark.parametrize("zodb", [(), [""]], ids=["ram", "zodb"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_jobs_that_nobody_will_run_are_told_at_the_start(zodb, workers, caplog):
+    with site({"async.workers": str(workers)}, zodb=zodb):
+        assert ("nobody will run them" in caplog.text) == (workers == 0)
+
+
 # -- the hook ------------------------------------------------------------------------------
 
 
