@@ -58,7 +58,14 @@ def _flag(value: Any) -> bool:
 
 
 def _words(value: Any) -> tuple[str, ...]:
-    return tuple(value.split()) if isinstance(value, str) else tuple(value)
+    words = value.split() if isinstance(value, str) else value
+    return tuple(map(_word, words))
+
+
+def _word(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError
+    return value
 
 
 def _choice(*names: str) -> Callable[[Any], str]:

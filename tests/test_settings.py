@@ -48,7 +48,7 @@ ROWS = {
             (" https://a.example\n https://b.example ", ("https://a.example", "https://b.example")),
             (["https://a.example"], ("https://a.example",)),
         ],
-        [None, 1],
+        [None, 1, [1], b"https://a.example"],
     ),
     "cors.credentials": (
         [("true", True), ("FALSE", False), (" True ", True), (True, True), (False, False)],
