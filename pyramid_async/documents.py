@@ -6,6 +6,7 @@ import json
 import math
 import re
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,6 +20,9 @@ OWN_PROBLEM = "urn:pyramid-async:problem:"
 RESULTS_REL = "http://www.opengis.net/def/rel/ogc/1.0/results"
 JSON = "application/json"
 PROBLEM_JSON = "application/problem+json"
+
+# Stands for a sid in URLs while they are made: Pyramid keeps each element that it ever quoted.
+ANY_SID = "0" * 32
 
 # No result to show: None is one.
 NOTHING = object()
@@ -54,17 +58,22 @@ def document(request: Any, job: JobStatus, value: Any = NOTHING) -> dict[str, An
 
 
 def links(request: Any, job: JobStatus) -> list[dict[str, Any]]:
-    href = request.route_url("async.status", sid=job.sid)
+    href = job_url(request.route_url, "async.status", job.sid)
     found: list[dict[str, Any]] = [{"href": href, "rel": "self", "type": JSON}]
     if not job.done:
         found.append({"href": href, "rel": "monitor", "type": JSON})
     if job.status == SUCCESSFUL:
-        href = request.route_url("async.results", sid=job.sid)
+        href = job_url(request.route_url, "async.results", job.sid)
         found.append({"href": href, "rel": RESULTS_REL, "type": JSON})
         if job.media_type is not None:
             # A file may be of JSON too.
             found[-1].update(type=media_type(job.media_type), download=True)
     return found
+
+
+def job_url(make: Callable[..., str], route: str, sid: str, **options: Any) -> str:
+    """Return what a request's method *make*, with its *options*, makes of a job's route."""
+    return make(route, sid=ANY_SID, **options).replace(ANY_SID, sid)
 
 
 def media_type(text: Any) -> str:

@@ -17,7 +17,7 @@ from pyramid.interfaces import ICSRFStoragePolicy, ISessionFactory
 from pyramid.response import Response
 
 from . import manage
-from .documents import no_such_job, timestamp
+from .documents import job_url, no_such_job, timestamp
 from .inputs import form_fields, parameters
 from .interfaces import IScheduler, JobNotFound, NotRetriable
 from .jobs import FINAL, STATUSES, UNFINISHED
@@ -131,7 +131,8 @@ def parameter(request: Any, name: str) -> str:
 
 
 def to_job(request: Any, sid: str, told: str) -> Any:
-    return HTTPSeeOther(request.route_url("async.manage_job", sid=sid, _query={"told": told}))
+    query = {"told": told}
+    return HTTPSeeOther(job_url(request.route_url, "async.manage_job", sid, _query=query))
 
 
 # -- the check of forms ----------------------------------------------------------------
@@ -316,7 +317,7 @@ def pill(status: str) -> Html:
 
 
 def job_path(request: Any, sid: str) -> str:
-    return request.route_path("async.manage_job", sid=sid)
+    return job_url(request.route_path, "async.manage_job", sid)
 
 
 def when(request: Any, job: Report) -> Any:

@@ -17,6 +17,7 @@ from .documents import (
     busy,
     document,
     dumps,
+    job_url,
     may_be_inline,
     no_such_job,
     problem,
@@ -110,7 +111,7 @@ def accepted(request: Any, job: JobStatus) -> Any:
         protect(refusal)
         raise refusal
     response = json_response(document(request, job), status=202)
-    href = request.route_url("async.status", sid=job.sid)
+    href = job_url(request.route_url, "async.status", job.sid)
     response.headers.update(
         {"Location": href, "Content-Location": href, "Link": f'<{href}>; rel="monitor"'}
     )

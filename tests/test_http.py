@@ -23,6 +23,7 @@ from pyramid.httpexceptions import (
 from pyramid.request import Request
 from pyramid.response import Response
 from pyramid.security import forget
+from pyramid.traversal import _segment_cache
 from transaction.interfaces import TransientError
 from webapp import (
     GATES,
@@ -1403,3 +1404,13 @@ def test_script_name_and_host_are_in_the_links():
         environ = {"SCRIPT_NAME": "/app", "HTTP_HOST": "example.org", "wsgi.url_scheme": "https"}
         response = web.post_json("/start/echo", {}, extra_environ=environ)
         assert response.location.startswith("https://example.org/app/async/")
+
+
+def test_urls_of_jobs_leave_nothing_in_the_memory():
+    # Pyramid keeps each element of a path that it ever quoted.
+    with browser() as web:
+        url = web.url(echo, "x")
+        web.done(url)
+        web.get(url + "/results")
+        sid = url.rpartition("/")[2]
+        assert not [kept for kept, _ in _segment_cache if sid in kept]

@@ -13,6 +13,7 @@ from persistent import Persistent
 from persistent.mapping import PersistentMapping
 from pyramid.csrf import SessionCSRFStoragePolicy
 from pyramid.session import SignedCookieSessionFactory
+from pyramid.traversal import _segment_cache
 from pyramid_zodbconn import get_connection
 from webapp import (
     GATES,
@@ -924,6 +925,13 @@ def test_button_cancels_a_job(web):
         response = press(web, sid, status=303).follow(headers=ADMIN)
         assert "None of its effects" in response or "none of its effects" in response
         assert web.get(f"/async/{sid}").json["status"] == "dismissed"
+
+
+def test_urls_of_jobs_on_the_pages_leave_nothing_in_the_memory(web):
+    sid = ended(web, fail, "x")
+    web.get("/async/manage", headers=ADMIN)
+    press(web, sid, status=303).follow(headers=ADMIN)
+    assert not [kept for kept, _ in _segment_cache if sid in kept]
 
 
 def test_button_retries_a_job(web, key):
