@@ -259,11 +259,15 @@ class IJobStore(Interface):
     def explain(error: BaseException) -> str:
         """Say which object a conflict was about and who wrote it, for operators."""
 
-    def archive(sids: list[str]) -> None:
-        """Put finished records away, so that looking for lost jobs does not meet them."""
+    def archive(sids: list[str], goes_on: Any = ...) -> None:
+        """Put finished records away, so that looking for lost jobs does not meet them.
 
-    def expire(now: float) -> None:
-        """Forget the records that expired."""
+        Many may take minutes: ``goes_on()`` is called after each transaction, and says whether
+        to begin another one.
+        """
+
+    def expire(now: float, goes_on: Any = ...) -> None:
+        """Forget the records that expired; *goes_on* as in `archive`."""
 
     def release(tm: Any) -> None:
         """Close the connection that `table` opened for a manager; its transaction has ended."""

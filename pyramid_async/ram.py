@@ -120,10 +120,10 @@ class RamStore:
 
     # -- maintenance
 
-    def archive(self, sids: list[str]) -> None:
+    def archive(self, sids: list[str], goes_on: Any = None) -> None:
         """Do nothing: finished records are told apart already."""
 
-    def expire(self, now: float) -> None:
+    def expire(self, now: float, goes_on: Any = None) -> None:
         """Forget the records that expired."""
         with at_rest(self.lock):
             while self.expiry and self.expiry[0][0] <= now:

@@ -32,6 +32,9 @@ ARCHIVE_AFTER = 60.0
 # Then those go with it that have stayed this long: a move of many writes less for each.
 ARCHIVE_TOGETHER = 20.0
 
+# Records that are looked at without a thought of the other steps.
+AT_ONCE = 1000
+
 # What the thread's steps do, for the log.
 STEPS = {
     "tell": "interrupt the jobs that are no longer ours",
@@ -76,6 +79,7 @@ class Recovery:
         self.interval = interval
         self.monotonic = monotonic
         self._ended = threading.Event()
+        self._next = dict.fromkeys(STEPS, 0.0)  # when a step is next taken, monotonic
         self._last: Callable[[], None] | None = None
         self._pid: int | None = None
         self._thread: threading.Thread | None = None
@@ -128,18 +132,31 @@ class Recovery:
             self._thread.join(timeout)
 
     def _loop(self) -> None:
-        due = {self.tell: 0.0, self.beat: 0.0, self.look: 0.0}
-        every = {self.tell: 1.0, self.beat: self.heartbeat, self.look: self.interval}
+        self._next = dict.fromkeys(STEPS, 0.0)
         while not self._ended.is_set():
-            for step, when in due.items():
-                if self.monotonic() >= when:
-                    pause = self._turn(step, every[step])
-                    due[step] = self.monotonic() + pause
-            pause = min(due.values()) - self.monotonic()
+            self._take(*STEPS)
+            pause = min(self._next.values()) - self.monotonic()
             self._wake.wait(max(0.01, min(pause, self._fire())))
             self._wake.clear()
         if self._last is not None:
             self._last()
+
+    def _take(self, *names: str) -> None:
+        """Take those steps whose time has come."""
+        every = {"tell": 1.0, "beat": self.heartbeat, "look": self.interval}
+        for name in names:
+            if self.monotonic() >= self._next[name]:
+                pause = self._turn(getattr(self, name), every[name])
+                self._next[name] = self.monotonic() + pause
+
+    def _goes_on(self) -> bool:
+        """Take the other steps in the midst of a look, which may take longer than a lease.
+
+        Returns False when the thread is to end.
+        """
+        self._take("tell", "beat")
+        self._fire()
+        return not self._ended.is_set()
 
     def _turn(self, step: Any, every: float) -> float:
         """Do a step and return the seconds until its next turn."""
@@ -319,7 +336,7 @@ class Recovery:
         self._unlisted_before, self._unlisted = self._unlisted, {}
         self._bad_before, self._bad = self._bad, set()
         self._archive(transact(self.store, self._look))
-        self.store.expire(self.store.clock())
+        self.store.expire(self.store.clock(), self._goes_on)
         if self.store.durable:
             self._bury()
         if self.hints is not None:
@@ -328,16 +345,20 @@ class Recovery:
     def _archive(self, ended: dict[str, float]) -> None:
         """Put finished records away, many at once; *ended*: sid -> seconds since the job's end."""
         if max(ended.values(), default=0.0) >= ARCHIVE_AFTER:
-            self.store.archive([sid for sid, age in ended.items() if age >= ARCHIVE_TOGETHER])
+            sids = [sid for sid, age in ended.items() if age >= ARCHIVE_TOGETHER]
+            self.store.archive(sids, self._goes_on)
 
     def _look(self, table: Any) -> dict[str, float]:
         """Rescue what is lost; return what ended: sid -> seconds since then."""
         now = self.store.clock()
         self._unbegun = 0
-        looked = (
-            (sid, self._inspect(sid, record, table, now)) for sid, record in table.all_unfinished()
-        )
-        ended = {sid: age for sid, age in looked if age is not None}
+        ended = {}
+        for number, (sid, record) in enumerate(table.all_unfinished(), 1):
+            age = self._inspect(sid, record, table, now)
+            if age is not None:
+                ended[sid] = age
+            if number % AT_ONCE == 0:
+                self._goes_on()
         self.executor.unbegun = self._unbegun
         return ended
 

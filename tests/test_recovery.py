@@ -302,6 +302,63 @@ def test_no_other_step_is_put_off_however_long_it_took(machines, step):
     assert recovery._turn(getattr(recovery, step), 1.0) == 1.0
 
 
+@pytest.mark.parametrize(("step", "since"), [("archive_all", 0), ("expire_batch", HAUNTED + 200)])
+def test_look_with_much_to_put_away_is_no_silence(machines, key, at, monkeypatch, step, since):
+    one, other = machines.process(), machines.process()
+    with one.transaction() as (table, _):
+        bound = one.scheduler.using(tm=table.tm)
+        for _ in range(4 * BATCH):
+            bound.cancel(bound.schedule(note, key))
+    machines.pass_time(ARCHIVE_AFTER)
+    if since:
+        one.recovery.look()
+        machines.pass_time(since)
+    take = getattr(ZodbTable, step)
+
+    def take_long(*args, **kw):
+        machines.pass_time(LEASE / 2)
+        transact(other.store, other.recovery._look)
+        return take(*args, **kw)
+
+    with frozen(one, key, at) as sid:
+        monkeypatch.setattr(ZodbTable, step, take_long)
+        one.recovery.look()
+        assert not other.executor.held
+        assert one.status(sid).attempts == 0
+
+
+def test_look_with_much_to_put_away_ends_with_the_process(db, key):
+    clock = Clock()
+    with process("zodb", db, clock=clock) as one:
+        with one.transaction() as (table, _):
+            bound = one.scheduler.using(tm=table.tm)
+            for _ in range(2 * BATCH):
+                bound.cancel(bound.schedule(note, key))
+        clock.now += ARCHIVE_AFTER
+        one.recovery._ended.set()
+        one.recovery.look()
+        assert trees(one) == (BATCH, BATCH, BATCH)
+
+
+def test_look_at_many_jobs_is_no_silence(machines, key, at, monkeypatch):
+    monkeypatch.setattr("pyramid_async.recovery.AT_ONCE", 1)
+    one, other = machines.process(), machines.process()
+    inspect = one.recovery._inspect
+
+    def take_long(*args):
+        machines.pass_time(LEASE / 2)
+        transact(other.store, other.recovery._look)
+        return inspect(*args)
+
+    with frozen(one, key, at) as sid:
+        for _ in range(4):
+            one.cancel(one.plant(note, key))
+        one.recovery._inspect = take_long
+        one.recovery.look()
+        assert not other.executor.held
+        assert one.status(sid).attempts == 0
+
+
 # -- jobs that a process runs without a claim ------------------------------------------------
 
 
