@@ -152,6 +152,10 @@ def _option(name: str, value: Any) -> Any:
         raise NotSchedulable("the job", f"option {name} is {value!r}; allowed: {allowed}") from None
 
 
+# What may be large in a record.
+LARGE = ("arguments", "cursor", "result", "result_size", "failure", "exception")
+
+
 class JobRecord(Persistent):
     """One job, as it is stored.
 
@@ -309,9 +313,14 @@ class JobRecord(Persistent):
         return self.contested or self.status == DISMISSED
 
     def clear(self) -> None:
-        """Write the record, hidden and with nothing in it that is large: it is being removed."""
+        """Write the record, hidden and with nothing large in it: it is removed or expired."""
         self.removed = True
-        self._drop("arguments", "cursor", "result", "result_size", "failure", "exception")
+        self._drop(*LARGE)
+
+    @property
+    def empty(self) -> bool:
+        """Say whether there is nothing in the record that `clear` would take out."""
+        return not any(name in self.__dict__ for name in LARGE)
 
     def _drop(self, *names: str) -> None:
         """Go back to the defaults, which take no room."""

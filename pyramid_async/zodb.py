@@ -77,7 +77,8 @@ class JobRoot(Persistent):
         self.finished = tuple(OOBTree() for _ in range(shards))  # sid -> JobRecord
         self.keys = tuple(OOBTree() for _ in range(shards))  # key -> sid, also of finished jobs
         # Written by maintenance alone; of removed records too, until their time is over.
-        self.expiry = OOBTree()  # (minute, sid) -> span, where one of `ended` has it
+        # (minute, sid) -> span, where one of `ended` has it; or None: only what is large goes then.
+        self.expiry = OOBTree()
         # Status -> {(span, sid): (time of the end, owner)}; the spans grow towards the past.
         self.ended = {status: OOBTree() for status in (SUCCESSFUL, FAILED, DISMISSED)}
         self.signs = OOBTree()  # process -> Sign; see recovery
@@ -415,6 +416,8 @@ class ZodbTable:
         span = span_of(record.finished)
         self.root.ended[record.status][span, sid] = record.finished, record.owner
         self.root.expiry[self.root.expiry_key(record)] = span
+        if record.haunted and not record.empty:
+            self.root.expiry.setdefault((int(record.expires // 60), sid), None)
         self._free_key(record)
 
     def forget(self, record: JobRecord) -> None:
@@ -432,15 +435,25 @@ class ZodbTable:
             del self.root.key_tree(key)[key]
 
     def expire_batch(self, now: float, most: int) -> int:
-        """Remove up to *most* records whose minute has passed; return how many."""
+        """Remove up to *most* records whose minute has passed, or empty them; return how many."""
         past = list(islice(self.root.expiry.items(max=(int(now // 60), "")), most))
         for (minute, sid), span in past:
             del self.root.expiry[minute, sid]
+            if span is None:
+                self._empty(sid, now)
+                continue
             for tree in self.root.ended.values():
                 tree.pop((span, sid), None)
             # No attempt can write a final record, so it need not be written here.
             self.root.finished[self.root.shard(sid)].pop(sid, None)
         return len(past)
+
+    def _empty(self, sid: str, now: float) -> None:
+        """Take out of an expired record, which must stay for a while, what is large."""
+        with suppress(BadRecord):
+            record = self._find(sid)
+            if record is not None and record.expired(now):  # else a later job has the sid
+                record.clear()
 
     def records(self) -> Iterator[tuple[str, JobRecord]]:
         yield from self.unfinished()

@@ -1028,6 +1028,43 @@ def test_removed_record_that_is_kept_for_a_day_is_small(zodb_store):
         assert "large" not in kept.__getstate__().values()
 
 
+@pytest.mark.parametrize("status", [SUCCESSFUL, FAILED])
+def test_expired_record_that_is_kept_for_a_day_is_small(zodb_store, clock, status):
+    add(zodb_store, arguments="large")
+    with committed(zodb_store) as seen:
+        record = seen.get()
+        record.result = record.exception = "large"
+        record.contested = True  # as after each claim that answers another bell than the first
+        finish(record, status, keep=100)
+    zodb_store.archive([SID])
+    for age, large in [(99, True), (220, False), (HAUNTED - 120, False)]:
+        clock.now = NOW + age
+        zodb_store.expire(clock.now)
+        with view(zodb_store) as seen:
+            assert (seen.get() is not None) == large
+            [(_, kept)] = seen.table.records()
+            assert ("large" in kept.__getstate__().values()) == large
+            assert listed(seen.table.findings()) == []
+    clock.now = NOW + HAUNTED + 120
+    zodb_store.expire(clock.now)
+    with view(zodb_store) as seen:
+        assert listed(seen.table.records()) == [] == [*seen.table.root.expiry]
+
+
+def test_later_job_of_an_expired_sid_is_not_emptied(zodb_store, clock):
+    add(zodb_store)
+    with committed(zodb_store) as seen:
+        record = seen.get()
+        record.contested, record.result = True, "large"
+        finish(record, keep=10)
+    zodb_store.archive([SID])
+    clock.now += 220
+    add(zodb_store, arguments="large")
+    zodb_store.expire(clock.now)
+    with view(zodb_store) as seen:
+        assert seen.get().arguments == "large"
+
+
 def test_expired_sid_can_be_used_again(store, clock):
     add(store)
     with committed(store) as seen:
