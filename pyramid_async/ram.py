@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -38,6 +39,7 @@ class RamStore:
         # sid -> (serial, state of the record); states are replaced, never changed.
         self.states: dict[str, tuple[int, dict[str, Any]]] = {}
         self.pending: set[str] = set()
+        self.finished: OrderedDict[str, None] = OrderedDict()  # sids of the others, as they ended
         self.keys: dict[str, str] = {}  # key -> sid; those of finished jobs may be among them
         self.expiry: list[tuple[float, str]] = []  # heap
         self.connections = Connections()
@@ -133,6 +135,7 @@ class RamStore:
         expires, sid = heapq.heappop(self.expiry)
         _, state = self.states.get(sid, (0, {}))
         if state.get("expires") == expires:  # else it was removed, and the sid may be another's
+            self.finished.pop(sid, None)
             del self.states[sid]
 
     # -- called by tables, under no lock
@@ -214,17 +217,24 @@ class RamStore:
         expires = None if state is None else state.get("expires")
         if state is not None and expires is None:
             self.pending.add(sid)
+            self.finished.pop(sid, None)  # of an expired job that had the sid
             return
         self.pending.discard(sid)
         self._free_key(sid, old or state or {})
-        if expires is not None:
+        if expires is None:
+            self.finished.pop(sid, None)
+        else:
+            self.finished.setdefault(sid)
             heapq.heappush(self.expiry, (expires, sid))
             self._bound_finished()
 
     def _bound_finished(self) -> None:
-        """Let those finished jobs give way that expire first."""
-        while len(self.states) - len(self.pending) > self.max_pending:
-            self._expire_first()
+        """Let those finished jobs give way that ended first.
+
+        Of those that expire first the last one may be the very job that ends now.
+        """
+        while len(self.finished) > self.max_pending:
+            self.states.pop(self.finished.popitem(last=False)[0], None)
         if len(self.expiry) > 2 * self.max_pending:
             # Most of them were removed long ago.
             finished = (item for item in self.states.items() if item[0] not in self.pending)

@@ -1377,11 +1377,41 @@ def finished_in(store, sid, keep):
         finish(seen.get(sid), keep=keep)
 
 
-def test_finished_jobs_give_way_to_more_of_them_those_that_expire_first(clock):
+def test_finished_jobs_give_way_to_more_of_them_those_that_ended_first(clock):
     store = RamStore(max_pending=2, clock=clock)
-    for sid, keep in [("00", 100), ("01", 50), ("02", 200)]:
+    for sid, keep in [("00", 100), ("01", 200), ("02", 50)]:
         finished_in(store, sid, keep)
-    assert set(store.states) == {"00", "02"}
+    assert set(store.states) == {"01", "02"} == set(store.finished)
+
+
+@pytest.mark.parametrize(("keep", "step"), [(50, 0), (100, -3600)])
+def test_job_that_ends_never_gives_way_itself(clock, keep, step):
+    """Neither with a short time of its own, nor after the clock was set back."""
+    store = RamStore(max_pending=2, clock=clock)
+    finished_in(store, "00", 100)
+    finished_in(store, "01", 100)
+    add(store, "02")
+    with committed(store) as seen:
+        record = seen.get("02")
+        record.move(RUNNING, NOW + step)
+        record.finish(SUCCESSFUL, NOW + step, keep)
+    clock.now += step
+    assert status_in(store, "02") == SUCCESSFUL
+
+
+def test_what_is_known_of_finished_jobs_ends_with_them(clock):
+    store = RamStore(max_pending=2, clock=clock)
+    finished_in(store, "00", 100)
+    finished_in(store, "01", 100)
+    with committed(store) as seen:
+        seen.table.remove(seen.get("00"))
+    assert set(store.finished) == {"01"}
+    clock.now += 101
+    add(store, "01")
+    assert not store.finished
+    finished_in(store, "02", 1)
+    store.expire(clock.now + 2)
+    assert not store.finished
 
 
 def test_removed_jobs_take_the_place_of_no_finished_one(clock):
