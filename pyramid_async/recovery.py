@@ -94,6 +94,7 @@ class Recovery:
         self._bad: set[str] = set()  # sids whose record could not be read in this look
         self._bad_before = self._bad  # in the look before
         self._unbegun = 0  # jobs that are due and nobody's, in this look
+        self._waiting: set[str] = set()  # sids of those that are not due, in this look
         self._beating = False
         self._listed: set[str | None] = set()  # signatures in our last sign of life
         self._beats = 0
@@ -199,6 +200,14 @@ class Recovery:
         """Return the jobs that wait for their time here."""
         with self._lock:
             return list(self._timed)
+
+    def _forget(self, sids: set[str]) -> None:
+        """Make room: these jobs wait no longer.  What is due by the next look goes by itself."""
+        soon = self.store.clock() + self.interval
+        with self._lock:
+            self._timers = [(w, sid) for w, sid in self._timers if w <= soon or sid not in sids]
+            heapq.heapify(self._timers)
+            self._timed = {sid for _, sid in self._timers}
 
     def _due(self, now: float) -> list[str]:
         with self._lock:
@@ -335,7 +344,10 @@ class Recovery:
         self._holders.clear()
         self._unlisted_before, self._unlisted = self._unlisted, {}
         self._bad_before, self._bad = self._bad, set()
-        self._archive(transact(self.store, self._look))
+        timed = set(self.timed())
+        ended = transact(self.store, self._look)
+        self._forget(timed - self._waiting)
+        self._archive(ended)
         self.store.expire(self.store.clock(), self._goes_on)
         if self.store.durable:
             self._bury()
@@ -352,6 +364,7 @@ class Recovery:
         """Rescue what is lost; return what ended: sid -> seconds since then."""
         now = self.store.clock()
         self._unbegun = 0
+        self._waiting.clear()
         ended = {}
         for number, (sid, record) in enumerate(table.all_unfinished(), 1):
             age = self._inspect(sid, record, table, now)
@@ -369,8 +382,10 @@ class Recovery:
                 return now - record.finished
             if record.run_after is None or record.run_after <= now:
                 self._rescue(record, table)
-            elif record.holder == self.store.process:
-                self.later(record.run_after, sid)
+            else:
+                self._waiting.add(sid)
+                if record.holder == self.store.process:
+                    self.later(record.run_after, sid)
         except TransientError:
             raise  # the database is away: it is no fault of the record
         except Exception:

@@ -1333,6 +1333,20 @@ def test_thread_that_was_woken_sleeps_again(db):
         assert waits == [(True, 1.0), (False, 1.0)]
 
 
+@pytest.mark.parametrize("kind", ["ram", "zodb"])
+def test_timers_of_dismissed_jobs_leave_room_for_others(kind, db, key):
+    with process(kind, db) as one:
+        one.executor.max_pending = 2
+        kept, dismissed, other = (one.schedule(note, key, run_after=3600.0) for _ in range(3))
+        for sid in (kept, dismissed):
+            one.worker.run(sid)
+        one.cancel(dismissed)
+        one.recovery.look()
+        one.worker.run(other)
+        assert sorted(one.recovery.timed()) == sorted([kept, other])
+        assert sorted(sid for _, sid in one.recovery._timers) == sorted([kept, other])
+
+
 def test_timers_are_bounded(db, key):
     with process("zodb", db) as one:
         one.executor.max_pending = 3
