@@ -257,9 +257,9 @@ def inner_tween_factory(handler: Any, registry: Any) -> Any:
 def enlarge_pools(registry: Any, workers: int) -> None:
     """Make room in the pools for our connections, so that the ZODB never warns.
 
-    One for each worker and one that it opens for a claim or a failure; one for recovery; and for
-    each thread of the server, which has a connection for its request, one for a view's own
-    transaction.
+    One for each worker and one that it opens for a claim or a failure; two for recovery, which
+    shows signs of life in the midst of a look; and for each thread of the server, which has a
+    connection for its request, one for a view's own transaction.
     """
     for database in databases(registry).values():
         database.setPoolSize(2 * database.getPoolSize() + 2 * workers + 2)
