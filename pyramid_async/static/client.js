@@ -546,7 +546,11 @@ export class AsyncJobElement extends Base {
     const stop = (this.#stop = new AbortController());
     const { signal } = stop;
     const onProgress = (job) => this.#show(job);
-    const onRetry = () => this.#say(texts.retrying);
+    const onRetry = (error, seconds) => {
+      // Firefox and WebKit cut what is under way when a link is followed, a download's too.
+      const isCut = error instanceof TypeError && seconds < 2;
+      if (!isCut) this.#say(texts.retrying);
+    };
     try {
       const options = { ...this.#options(), signal, onProgress, onRetry };
       await new Watch(absolute(this.src), options).end();

@@ -764,6 +764,28 @@ test("a cancel that a login answers is no end", LIMIT, async () => {
   await until(async () => (await shown.text("status")) === "Finished");
 });
 
+test("a request that is cut is not said and a server that stays away is", LIMIT, async () => {
+  const { page } = await visit();
+  const documents = [{}, undefined, {}, undefined, undefined, { status: "successful", done: true }];
+  await page.route("**/async/pretended*", (route) => {
+    const job = documents.shift();
+    return job ? told(route, job) : route.abort();
+  });
+  const said = await page.evaluate(
+    () =>
+      new Promise((resolve) => {
+        const job = document.createElement("async-job");
+        const said = [];
+        const status = job.shadowRoot.querySelector("[role=status]");
+        new MutationObserver(() => said.push(status.textContent)).observe(status, { childList: true });
+        job.addEventListener("jobdone", () => queueMicrotask(() => resolve(said)));
+        job.src = "/async/pretended";
+        document.querySelector("main").append(job);
+      }),
+  );
+  assert.deepEqual(said, ["Running", "The server does not answer. Trying again.", "Finished"]);
+});
+
 test("the live region speaks of changes of state and of nothing else", LIMIT, async () => {
   const shown = await visit();
   const src = await server.job("work", { seconds: 3, steps: 60 });
