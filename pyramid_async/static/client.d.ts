@@ -92,7 +92,9 @@ export class JobProblem extends Error {
  * Start a job and return its result.
  *
  * The result of a file is the link to it. Rejects with a JobProblem, or with the signal's reason.
- * A start that is refused or does not arrive is not repeated; the latter rejects with fetch's error.
+ * A start that is refused or gets no answer is not repeated by the client; the latter rejects with
+ * fetch's error, and there may be a job all the same. Of a connection that breaks the browser itself
+ * may repeat it: two jobs, unless the server gives them a `key`.
  */
 export function start<Result = unknown>(
   url: string | URL,
