@@ -31,6 +31,7 @@ from pyramid_async.jobs import FRESH, Live
 from pyramid_async.prefork import Hints
 from pyramid_async.recovery import ARCHIVE_AFTER, Sign
 from pyramid_async.scheduler import Scheduler, executor_for
+from pyramid_async.transactional import transact
 from pyramid_async.worker import Worker
 from pyramid_async.zodb import BATCH, HAUNTED, ZodbStore, ZodbTable
 
