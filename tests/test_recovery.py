@@ -23,7 +23,7 @@ from webapp import GATES, Barrier, gate
 from ZEO.Exceptions import ClientDisconnected
 from ZODB.POSException import ConflictError
 
-from pyramid_async import current_job, manage
+from pyramid_async import current_job, manage, recovery
 from pyramid_async.attempt import Attempt
 from pyramid_async.current import Job
 from pyramid_async.interfaces import JobTaken
@@ -294,6 +294,18 @@ def test_looks_take_a_tenth_of_the_time_but_are_never_further_apart_than_a_lease
     recovery = machines.process().recovery
     recovery.look = lambda: machines.pass_time(took)
     assert recovery._turn(recovery.look, 5.0) == pytest.approx(pause)
+
+
+@pytest.mark.parametrize("error", [ConflictError, OSError])
+def test_a_look_that_failed_is_not_put_off_however_long_it_took(machines, error):
+    recovery = machines.process().recovery
+
+    def look():
+        machines.pass_time(10)
+        raise error
+
+    recovery.look = look
+    assert recovery._turn(recovery.look, 5.0) == 5.0
 
 
 @pytest.mark.parametrize("step", ["tell", "beat"])
@@ -968,6 +980,16 @@ def test_signs_of_the_dead_are_buried_when_no_job_names_them(machines, key, at, 
     assert set(other.recovery._observed) <= {other.store.process}
 
 
+def test_sign_that_a_process_left_which_died_without_a_job_is_buried(machines):
+    one, other = machines.process(), machines.process()
+    transact(one.store, one.recovery._beat)
+    other.recovery.look()
+    assert list(read_signs(other)) == [one.store.process]
+    machines.pass_time(LEASE + 1)
+    other.recovery.look()
+    assert read_signs(other) == {}
+
+
 def test_sign_of_a_living_process_is_left_alone_although_no_job_names_it(machines, key, at):
     one, other = machines.process(), machines.process()
     with frozen(one, key, at) as sid:
@@ -1001,6 +1023,11 @@ def test_job_that_has_not_begun_is_not_taken_for_one_that_was_removed(db):
         with pytest.raises(JobTaken):
             job.check()
         one.worker.running.clear()
+
+
+def test_process_without_jobs_asks_for_none(machines, monkeypatch):
+    monkeypatch.setattr(recovery, "transact", pytest.fail)
+    machines.process().recovery.tell()
 
 
 def test_removal_by_another_process_reaches_the_running_job(machines, key, at):
@@ -1079,6 +1106,16 @@ def test_finished_record_is_archived_a_minute_later_and_expires_in_its_time(db, 
         clock.now += 60
         one.recovery.look()
         assert trees(one) == (0, 0, 0)
+
+
+def test_finished_record_is_archived_although_other_jobs_go_on_to_finish(db, key):
+    clock = Clock()
+    with process("zodb", db, clock=clock) as one:
+        one.run(note, key)
+        clock.now += ARCHIVE_AFTER
+        one.run(note, key)
+        one.recovery.look()
+        assert trees(one) == (1, 1, 1)
 
 
 def test_forgotten_record_is_removed_in_ram_too(db, key):
@@ -1316,6 +1353,20 @@ def test_timer_that_fails_stops_no_other(db, key, caplog):
             one.recovery.later(0.0, f"{number:032x}")
         one.recovery._fire()
         assert len(put) == caplog.text.count("is due and was not put") == 2
+
+
+def test_timer_of_a_job_whose_last_attempt_has_not_quite_ended_is_set_again(db):
+    clock, sid, put = Clock(), "0" * 32, []
+    with process("zodb", db, clock=clock) as one:
+        one.executor.put = lambda sid, seen: put.append(sid)
+        one.executor.held.add(sid)
+        one.recovery.later(0.0, sid)
+        assert one.recovery._fire() == pytest.approx(0.05)
+        assert put == []
+        one.executor.held.clear()
+        clock.now += 0.1
+        one.recovery._fire()
+        assert put == [sid]
 
 
 def test_thread_that_was_woken_sleeps_again(db):
