@@ -35,6 +35,7 @@ from pyramid_async.scheduler import (
     executor_for,
 )
 from pyramid_async.threads import exit_on_sigterm, stop_all
+from pyramid_async.transactional import pending
 from pyramid_async.worker import Worker
 from pyramid_async.zodb import OpenedBeforeFork, ZodbStore
 
@@ -376,6 +377,20 @@ def test_abort_that_fails_ends_no_thread(db, key):
 class InManagerOfItsOwn(Surroundings):
     def __init__(self):
         super().__init__(transaction.TransactionManager(explicit=True))
+
+
+def begin_in_the_threads_manager():
+    found = pending(transaction.manager)
+    transaction.begin()
+    return found
+
+
+def test_what_a_job_leaves_in_the_threads_transaction_is_not_the_next_ones(db):
+    with process("ram", db, workers=1, surroundings=InManagerOfItsOwn) as one:
+        for _ in range(2):
+            sid = one.schedule(begin_in_the_threads_manager)
+            one.wait(sid)
+            assert one.result(sid) == (None, None)
 
 
 @pytest.mark.parametrize("workers", [2, 3])  # the third is recovery's, or a worker's
