@@ -988,6 +988,36 @@ def test_the_soft_limit_fails_a_job_that_never_checks(function, child, broker):
         assert child.reached == []
 
 
+def swallow_signal(number):
+    with suppress(BaseException):
+        get_signal(number)
+    current_job().check()
+
+
+def test_a_job_that_swallows_the_soft_limit_is_told_at_its_next_check(child, broker):
+    with client(broker) as web:
+        status = answered(web, swallow_signal, int(signal.SIGUSR1))
+    assert status.failure.class_name == "JobTimeout"
+
+
+def get_one_signal(number):
+    signal.raise_signal(number)
+
+
+def test_a_soft_limit_that_is_sent_once_more_and_meets_another_job_is_passed_over(
+    child, broker, monkeypatch
+):
+    with client(broker) as web:
+        child._sid = "a" * 32  # ends while the signal is under way
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "kill", lambda pid, number: None)
+            child._strike_again(child._sid, JobTimeout("it ran too long"), signal.SIGUSR1)
+        number = int(signal.SIGUSR1)
+        assert answered(web, get_one_signal, number).status == "successful"
+        # Its own is none of these.
+        assert answered(web, get_one_signal, number).failure.class_name == "JobTimeout"
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -1032,6 +1062,22 @@ def test_the_hard_limit_is_recorded_before_celery_kills_the_process(child, broke
     with client(broker) as web:
         status = answered(web, go_on)
     assert "Celery's time limit of 0.4 s" in status.failure.message
+
+
+def watches():
+    return [t for t in threading.enumerate() if t.name == "pyramid_async-limit"]
+
+
+def be_watched():
+    [watch] = watches()
+    assert watch.daemon  # it holds up no exit
+
+
+def test_the_hard_limit_of_a_job_that_has_ended_is_watched_no_longer(child, broker):
+    child.hard = 3600.0
+    with client(broker) as web:
+        assert answered(web, be_watched).status == "successful"
+        assert watches() == []
 
 
 def pass_limit(web, sid):
