@@ -169,6 +169,7 @@ def test_bells_that_find_no_room_are_left_to_recovery(black_hole, monkeypatch):
     with client(f"amqp://127.0.0.1:{black_hole}//", **settings) as web:
         sids = [sid_of(web.start(echo)) for _ in range(5)]
         assert web.scheduler.executor.room() == 0
+        assert web.scheduler.executor.bells._waiting.qsize() <= 2
         assert all(web.scheduler.transact(lambda s, sid=sid: s.status(sid)) for sid in sids)
 
 
@@ -521,6 +522,26 @@ def test_what_was_sent_is_asked_for_while_bells_come(broker, monkeypatch):
     assert ringer._unconfirmed == []
 
 
+def test_a_queue_is_made_once_for_each_connection(broker):
+    ringer, queue, made = Bells(broker, "queue", 10), uuid4().hex, []
+    declare = ringer._declare
+    ringer._declare = lambda name: made.append(name) or declare(name)
+    for _ in range(2):
+        ringer._pass_on([Ring("a" * 32, queue, BELL)])
+    assert made == [queue]
+    ringer._disconnect()
+    ringer._pass_on([Ring("a" * 32, queue, BELL)])
+    assert made == [queue] * 2
+
+
+def test_who_has_rung_for_nothing_leaves_without_asking_the_broker(caplog):
+    ringer = Bells(f"amqp://127.0.0.1:{unused_port()}//", "queue", 10)
+    ringer.start()
+    ringer.stop(5)
+    assert not ringer._thread.is_alive()
+    assert caplog.text == ""
+
+
 def test_bells_are_json_whatever_the_process_does_with_kombu(broker, monkeypatch):
     monkeypatch.setattr(registry, "_default_encode", registry._encoders["pickle"].encoder)
     monkeypatch.setattr(registry, "_default_content_type", "application/x-python-serialize")
@@ -565,12 +586,14 @@ def test_a_bell_is_sent_to_the_last_of_a_list_of_brokers_if_no_other_is_there(br
     assert len(messages(queue, broker)) == 1
 
 
-def test_a_bell_that_was_dropped_may_be_rung_again(caplog):
+def test_a_bell_that_was_dropped_may_be_rung_again(caplog, monkeypatch):
+    monkeypatch.setattr(bells, "BROKER_TIMEOUT", 0.01)
     ringer = Bells(f"amqp://127.0.0.1:{unused_port()}//", "queue", 10)
-    ringer.ring("a" * 32, None, BELL)
+    for task in (BELL, AGAIN):
+        ringer.ring("a" * 32, None, task)
     assert ringer.rung("a" * 32)
     ringer.start()
-    until(lambda: "bells were dropped" in caplog.text)
+    until(lambda: caplog.text.count("bells were dropped") == 2)
     assert not ringer.rung("a" * 32)
     ringer.stop(5)
 
@@ -623,14 +646,14 @@ def test_a_queue_that_the_broker_refuses_keeps_no_other_bell_waiting(broker, cap
             ringer.ring(f"{name:f>32}", name, AGAIN, most_waiting=1)
             assert ringer._next()
 
-    ring("refused", "refused", "refused", ringer.default_queue)
-    assert asked == ["refused"]
+    ring("refused", "refused too", "refused", "refused too", ringer.default_queue)
+    assert asked == ["refused", "refused too"]
     assert len(messages(ringer.default_queue, broker)) == 1
     assert ringer.rung(f"{'refused':f>32}")  # so recovery asks later
     assert caplog.text.count("the broker refuses the queue 'refused' of job ") == 1
     clock.now += bells.PAUSE
     ring("refused", *(f"refused {number}" for number in range(9)))
-    assert asked[:2] == ["refused"] * 2
+    assert asked[:3] == ["refused", "refused too", "refused"]
     assert 0 < len(ringer._refused) <= 3
 
 
