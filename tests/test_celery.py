@@ -57,8 +57,9 @@ from pyramid_async.attempt import storage_at_work
 from pyramid_async.bells import AGAIN, BELL, Bells, Ring, connect
 from pyramid_async.celery import bell
 from pyramid_async.jobs import FRESH
-from pyramid_async.prefork import Signals, in_function
+from pyramid_async.prefork import Hints, Signals, in_function
 from pyramid_async.settings import read_settings
+from pyramid_async.transactional import pending
 
 DEPLOYMENT = Path(__file__).parent / "deployment"
 ROOT = DEPLOYMENT.parent.parent
@@ -238,6 +239,31 @@ def test_a_job_is_run_once_however_often_its_bell_rings(broker):
         assert record.attempts == 1
 
 
+def test_a_look_leaves_alone_what_runs_in_its_own_process(broker):
+    with client(broker) as web, gate() as at:
+        executor = web.scheduler.executor
+        sid = web.url(webapp.behind_gate, at, "done").rpartition("/")[2]
+        thread = threading.Thread(target=executor.answer, args=(sid, True))
+        thread.start()
+        GATES[at].reach()
+        executor.recovery.look()
+        GATES[at].opened.set()
+        thread.join(PATIENCE)
+        status = web.scheduler.transact(lambda s: s.status(sid))
+    assert (status.status, status.attempts) == ("successful", 1)
+
+
+def begin_in_the_threads_manager():
+    transaction.begin()
+
+
+def test_what_a_job_leaves_in_the_threads_transaction_is_not_the_next_ones(broker):
+    with client(broker) as web:
+        sid = web.scheduler.transact(lambda s: s.schedule(begin_in_the_threads_manager))
+        web.scheduler.executor.answer(sid, again=False)
+        assert pending(transaction.manager) is None
+
+
 def test_a_stop_gives_back_what_still_runs(broker):
     with client(broker) as web, gate() as at:
         executor = web.scheduler.executor
@@ -252,6 +278,79 @@ def test_a_stop_gives_back_what_still_runs(broker):
         thread.join(PATIENCE)
         assert web.scheduler.transact(lambda s: s.completed(sid)) is False
     assert (status.attempts, executor.suspended) == (0, False)
+
+
+@pytest.mark.parametrize("renewed", [False, True])
+def test_a_stop_passes_on_what_waits_for_its_time(renewed, broker):
+    sid = "a" * 32
+    with client(broker) as web:
+        executor, queue = web.scheduler.executor, web.scheduler.settings["celery.queue"]
+        executor.recovery.hints, executor.renewed = Hints(4096), renewed
+        executor.recovery.later(1e12, sid)
+        executor.stop(5)
+        timers = executor.recovery.hints.read().get("timers", [])
+        rung = [(json.loads(body)[0], task) for body, _, task in messages(queue, broker)]
+    # A bell would be one of the few tasks of the process that takes the place.
+    assert (timers, rung) == (([[1e12, sid]], []) if renewed else ([], [([sid], AGAIN)]))
+
+
+def test_a_stop_does_not_wait_where_nothing_runs(broker, monkeypatch):
+    with client(broker) as web:
+        executor = web.scheduler.executor
+        web.start(echo)
+        monkeypatch.setattr(executor.worker.changes, "wait", pytest.fail)
+        executor.stop()
+
+
+def test_a_stop_waits_until_the_jobs_are_given_back(broker, monkeypatch):
+    with client(broker) as web:
+        executor, given = web.scheduler.executor, []
+
+        def give_back():
+            time.sleep(0.2)
+            given.append("back")
+
+        monkeypatch.setattr(executor.worker, "give_back_running", give_back)
+        executor.recovery.start()
+        executor.stop(0)
+        assert given == ["back"]
+
+
+def test_a_stop_in_a_child_touches_nothing_of_its_parent(broker, monkeypatch):
+    with client(broker) as web:
+        executor = web.scheduler.executor
+        with monkeypatch.context() as patch:
+            patch.setattr(executor, "_pid", os.getppid())
+            patch.setattr(executor.worker, "interrupt_all", pytest.fail)
+            executor.stop()
+
+
+def test_a_process_without_room_for_a_thread_rings_once_there_is(broker, caplog, monkeypatch):
+    def refuse(bells):
+        raise RuntimeError("can't start new thread")
+
+    with client(broker) as web:
+        executor, queue = web.scheduler.executor, web.scheduler.settings["celery.queue"]
+        executor.bells.stop(5)
+        executor.workers, executor._pid = 1, None  # as in a child of whoever made it
+        with monkeypatch.context() as patch:
+            patch.setattr(Bells, "start", refuse)
+            sid = sid_of(web.start(echo))
+        assert f"the bell for job '{sid}' was not rung; recovery will ring it" in caplog.text
+        web.start(echo)
+        executor.start()
+        threads = Counter(thread.name for thread in threading.enumerate())
+        assert threads["pyramid_async-bells"] == threads["pyramid_async-recovery"] == 1
+        executor.stop(5)
+        assert len(messages(queue, broker)) == 1
+
+
+def test_a_cold_shutdown_ends_those_processes_alone_that_celery_does_not_end(monkeypatch):
+    monkeypatch.setattr(module.state, "active_requests", [SimpleNamespace(worker_pid=2)])
+    ended = []
+    pool = SimpleNamespace(info={"processes": [1, 2, 3]}, terminate_job=ended.append)
+    module.end_pool(SimpleNamespace(pool=pool))
+    assert ended == [1, 3]
 
 
 @pytest.mark.parametrize("forged", [None, 7, "", "no sid", ["a" * 32], {"sid": 1}, "A" * 32])
@@ -300,6 +399,20 @@ def test_the_bell_of_a_job_that_was_dismissed_and_removed_keeps_no_worker_waitin
         web.scheduler.executor.answer(sid, again)
     assert pauses == []
     assert "for a bell" not in caplog.text
+
+
+def test_a_record_is_looked_for_ever_less_often(broker, monkeypatch):
+    clock, pauses = Clock(), []
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        clock.now += seconds
+
+    with client(broker) as web:
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock, sleep=sleep))
+        web.scheduler.executor.answer("0" * 32, again=False)
+    assert pauses == [0.005 * 2**n for n in range(8)]
+    assert sum(pauses) < module.RECORD_TIMEOUT
 
 
 def test_a_record_that_comes_after_the_look_for_it_is_waited_for(broker, monkeypatch):
@@ -445,6 +558,16 @@ def test_recovery_rings_for_a_lost_job_with_the_number_of_those_that_nobody_bega
         assert set(rings) == {(sid, None, AGAIN, 3) for sid in sids}
 
 
+def test_recovery_does_not_ring_again_a_moment_later(broker):
+    with client(broker) as web:
+        executor, queue = web.scheduler.executor, web.scheduler.settings["celery.queue"]
+        sid = sid_of(web.start(echo))
+        until(lambda: messages(queue, broker))
+        executor.put(sid, None)
+        executor.stop(5)
+        assert messages(queue, broker) == []
+
+
 def test_recovery_rings_in_the_queue_that_a_job_was_scheduled_with(broker):
     other = uuid4().hex
     with client(broker) as web:
@@ -472,7 +595,10 @@ def test_who_takes_no_jobs_leaves_a_job_to_others(reason, broker):
     with client(broker) as web:
         executor = web.scheduler.executor
         executor.recovery.stop(5)  # it would notice that all is well
-        setattr(executor, reason, True)
+        if reason == "ends":
+            executor.end_jobs("the process is told to end")
+        else:
+            executor.suspended = True
         sid = sid_of(web.start(echo))
         executor.answer(sid, again=False)
         assert web.scheduler.transact(lambda s: s.status(sid)).status == "accepted"
@@ -785,6 +911,14 @@ def test_a_database_that_no_worker_can_open_is_told(caplog):
         assert "no worker will run its jobs: use ZEO or RelStorage" in caplog.text
 
 
+def test_of_a_database_that_workers_can_open_nothing_is_told(broker, caplog):
+    store = SimpleNamespace(durable=True, exclusive=False)
+    settings = {"celery.broker": broker, "celery.queue": "q", "max_pending": 1}
+    worker = SimpleNamespace(store=store, running={})
+    module.make_executor(worker, {**settings, "shutdown_timeout": 1.0})
+    assert caplog.text == ""
+
+
 def test_a_missing_celery_is_told_by_its_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "celery", None)
     refused = pytest.raises(ConfigurationError, match=r"pip install 'pyramid_async\[celery\]'")
@@ -800,6 +934,7 @@ def test_including_the_module_is_enough(broker):
     settings = {"async.celery.broker": broker, "async.celery.queue": uuid4().hex}
     with browser(settings, zodb=f"memory://{uuid4().hex}", routes=include) as web:
         assert isinstance(web.scheduler.executor, module.CeleryExecutor)
+        assert web.scheduler.settings["executor"] == "celery"
 
 
 def test_including_the_module_contradicts_another_executor():
