@@ -638,7 +638,8 @@ def test_malformed_only_is_400_whether_the_job_exists_or_not(web):
     url, _ = web.finished(echo)
     for target in (url, "/async/unknown"):
         for query in ("only=", "only=remove", "only=cancel&only=x", "only=%ff"):
-            is_problem(web.delete(f"{target}?{query}", status=400))
+            refused = is_problem(web.delete(f"{target}?{query}", status=400))
+            assert "only" in refused.get("detail", "") or query == "only=%ff"
     web.get(url, status=200)
 
 
@@ -1069,7 +1070,7 @@ def test_defect_behind_the_router_is_a_500_too(web, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("error", [TransientError, sqlite3.OperationalError])
-def test_database_out_of_reach_is_a_503_that_says_when(web, monkeypatch, error):
+def test_database_out_of_reach_is_a_503_that_says_when(web, monkeypatch, error, caplog):
     def out_of_reach(*args):
         raise error("disconnected")
 
@@ -1080,6 +1081,8 @@ def test_database_out_of_reach_is_a_503_that_says_when(web, monkeypatch, error):
         monkeypatch.undo()
         is_problem(response)
         assert response.headers["Retry-After"] == "1"
+        assert "disconnected" in caplog.text
+        caplog.clear()
 
 
 def test_answer_of_a_tween_above_the_router_is_marked_too():
