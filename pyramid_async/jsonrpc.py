@@ -43,7 +43,7 @@ def add_rpc(config: Any) -> None:
 
 def rpc(request: Any) -> Any:
     """POST: answer a request or a batch; all in the request's transaction."""
-    if (request.content_type or "").lower() not in MEDIA_TYPES:
+    if request.content_type.lower() not in MEDIA_TYPES:
         raise problem(415)
     if not {"tm.active", "repoze.tm.active"} & set(request.environ):
         raise RuntimeError("JSON-RPC needs a transaction; tm.activate_hook leaves it out")
@@ -228,7 +228,7 @@ class Methods:
         if job.status == DISMISSED:
             raise RpcError(NO_RESULT, {"status": job.status})
         if to_json(value) is None:  # nor are a file and NOTHING
-            raise RpcError(NO_RESULT, {"links": document(self.request, job, value)["links"]})
+            raise RpcError(NO_RESULT, {"links": document(self.request, job)["links"]})
         return value
 
     def cancel(self, jobID: Any) -> dict[str, Any]:
