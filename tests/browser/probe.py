@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from html import escape
+from pathlib import Path
 
 from pyramid.csrf import get_csrf_token
 from pyramid.interfaces import ISecurityPolicy
@@ -56,15 +57,25 @@ class Users:
 # -- jobs ------------------------------------------------------------------------------
 
 
-def work(seconds=1.0, steps=10, result="done"):
-    for _ in current_job().track(range(steps), message="Working"):
+def work(seconds=1.0, steps=10, result="done", gate=None):
+    for step in current_job().track(range(steps), message="Working"):
+        if step == steps - 1:
+            stand_at(gate)
         time.sleep(seconds / steps)
     return {"result": result, "steps": steps}
 
 
-def still(seconds=1.0):
+def still(seconds=1.0, gate=None):
     """Tell nothing."""
     time.sleep(seconds)
+    stand_at(gate)
+
+
+def stand_at(gate):
+    """Wait until there is a file of that name, where one is given."""
+    while gate and not Path(gate).exists():
+        current_job().check()
+        time.sleep(0.02)
 
 
 def large(size=200_000):

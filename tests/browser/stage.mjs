@@ -1,6 +1,7 @@
 /** The demo on waitress, with the jobs of probe.py, and a browser to look at it. */
 
 import { spawn } from "node:child_process";
+import { randomUUID } from "node:crypto";
 import { cpSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { createServer } from "node:net";
 import { tmpdir } from "node:os";
@@ -41,6 +42,7 @@ export class Server {
     this.settings = settings;
     this.folder = mkdtempSync(join(tmpdir(), "client-"));
     this.output = "";
+    this.gates = [];
   }
 
   static async started(settings = {}) {
@@ -111,6 +113,17 @@ export class Server {
   async close() {
     await this.stop("SIGKILL");
     rmSync(this.folder, { recursive: true, force: true });
+  }
+
+  /** A name for the `gate` of a job, which does not end before it is opened. */
+  gate() {
+    this.gates.push(join(this.folder, `gate-${randomUUID()}`));
+    return this.gates.at(-1);
+  }
+
+  /** Open all gates. */
+  open() {
+    for (const gate of this.gates.splice(0)) writeFileSync(gate, "");
   }
 
   /** Start a job from outside of the browser; return its path. */
