@@ -13,7 +13,16 @@ from ZODB.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
 
 THREAD_PREFIX = "pyramid_async-"
-THREAD_GRACE = 2.0  # seconds that a test's threads get to end after it
+THREAD_GRACE = 10.0  # seconds that a test's threads get to end after it, on a busy machine
+SLOW_TIMEOUT = 300  # seconds for a test that starts servers; each of its waits has its own limit
+
+
+def pytest_collection_modifyitems(items):
+    """Give tests that start servers more time than the others, unless they say how much."""
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        if marks & {"services", "slow"} and "timeout" not in marks:
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT))
 
 
 def ours_alive() -> set[threading.Thread]:
@@ -60,7 +69,7 @@ def wait_for():
     return wait
 
 
-def wait(what, timeout=10.0):
+def wait(what, timeout=30.0):
     """Return what the predicate returned, or True for an event."""
     if hasattr(what, "wait"):
         if what.wait(timeout):

@@ -775,6 +775,8 @@ get()
 
 # -- real servers --------------------------------------------------------------------------
 
+PATIENCE = 45.0  # seconds, on a busy machine
+
 SERVED = """
 import os, time
 from pyramid.config import Configurator
@@ -853,13 +855,13 @@ class Directory:
 
     def stop(self, number=signal.SIGTERM):
         self.server.send_signal(number)
-        self.server.wait(20)
+        self.server.wait(PATIENCE)
 
     def kill(self):
         if self.server is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.server.pid, signal.SIGKILL)
-            self.server.wait(20)
+            self.server.wait(PATIENCE)
 
     def pids(self, event):
         """Return the ids of the processes that logged the event, one for each time."""
@@ -875,7 +877,7 @@ class Directory:
         """Answer a request over the server's socket with its status."""
         connection = http.client.HTTPConnection("localhost")
         connection.sock = socket.socket(socket.AF_UNIX)
-        connection.sock.settimeout(20)
+        connection.sock.settimeout(PATIENCE)
         with contextlib.closing(connection):
             connection.sock.connect(str(self.path / "socket"))
             connection.request("GET", "/")
@@ -904,7 +906,7 @@ def tasks_reach(workers, directory, wait_for):
     # The worker would read a message while it is written.
     for message in (directory.path / "written").iterdir():
         message.rename(directory.path / "queue" / message.name)
-    wait_for(lambda: len(directory.pids("served")) == before + 32, 20)
+    wait_for(lambda: len(directory.pids("served")) == before + 32, PATIENCE)
     return len(directory.serving()) == workers
 
 
@@ -934,11 +936,11 @@ def test_server_has_one_application_in_each_process_that_serves_and_closes_it(
     directory, wait_for, command, workers, forks, eager
 ):
     directory.start(command, **eager)
-    wait_for(lambda: len(directory.pids("ready")) == (1 if forks else workers), 20)
+    wait_for(lambda: len(directory.pids("ready")) == (1 if forks else workers), PATIENCE)
     wait_for((directory.path / "socket").exists)
     # At the start, where the loading process is known to serve; in a master never.
     assert len(directory.pids("made")) == (workers if eager and not forks else 0)
-    wait_for(lambda: requests_reach(workers, directory), 20)
+    wait_for(lambda: requests_reach(workers, directory), PATIENCE)
     assert sorted(directory.pids("made")) == directory.serving()
     directory.stop(signal.SIGHUP if command == UWSGI else signal.SIGTERM)
     assert sorted(directory.pids("closed")) == directory.serving()
@@ -959,8 +961,8 @@ def test_worker_does_not_use_what_its_master_asked_for_before_the_fork(
     asks = "from pyramid_async import get_application\nget_application(app.registry)\n"
     (directory.path / "served.py").write_text(SERVED + asks)
     directory.start(command)
-    wait_for((directory.path / "socket").exists, 20)
-    wait_for(lambda: requests_reach(2, directory), 20)
+    wait_for((directory.path / "socket").exists, PATIENCE)
+    wait_for(lambda: requests_reach(2, directory), PATIENCE)
     master = directory.server.pid
     assert sorted(directory.pids("made")) == sorted([master, *directory.serving()])
     directory.stop()
@@ -1002,7 +1004,7 @@ def test_hook_of_the_server_makes_the_application_right_after_the_fork(
 ):
     (directory.path / module).write_text(hook)
     directory.start(command, EAGER="1")
-    wait_for(lambda: len(directory.pids("made")) == 2, 20)
+    wait_for(lambda: len(directory.pids("made")) == 2, PATIENCE)
     wait_for((directory.path / "socket").exists)
     assert at_once(directory.get, 32) == [200] * 32
     directory.stop()
@@ -1078,12 +1080,12 @@ def test_celery_worker_has_one_application_in_each_pool_process_and_closes_it(
 ):
     directory = celery_directory
     directory.start(CELERY, **where, **eager)
-    wait_for(lambda: len(directory.pids("ready")) == (2 if where else 1), 20)
+    wait_for(lambda: len(directory.pids("ready")) == (2 if where else 1), PATIENCE)
     if where and eager:
         wait_for(lambda: len(directory.pids("made")) == 2)
     else:
         assert directory.pids("made") == []
-    wait_for(lambda: tasks_reach(2, directory, wait_for), 20)
+    wait_for(lambda: tasks_reach(2, directory, wait_for), PATIENCE)
     assert directory.server.pid not in directory.serving()
     assert sorted(directory.pids("made")) == directory.serving()
     directory.stop()
@@ -1112,9 +1114,9 @@ print(total)
 def test_eventsourcing_application_stores_each_event_once_from_views_and_jobs(directory, wait_for):
     (directory.path / "kennel.py").write_text(KENNEL)
     directory.start(f"{GUNICORN} --threads 16 --preload".replace("served:app", "'kennel:main()'"))
-    wait_for((directory.path / "socket").exists, 20)
-    wait_for(lambda: requests_reach(2, directory, 202), 20)
-    wait_for(lambda: len(directory.pids("taught")) == len(directory.pids("served")), 20)
+    wait_for((directory.path / "socket").exists, PATIENCE)
+    wait_for(lambda: requests_reach(2, directory, 202), PATIENCE)
+    wait_for(lambda: len(directory.pids("taught")) == len(directory.pids("served")), PATIENCE)
     assert (
         sorted(directory.pids("made")) == directory.serving() == sorted({*directory.pids("taught")})
     )

@@ -66,7 +66,7 @@ ROOT = DEPLOYMENT.parent.parent
 KENNEL = ROOT / "docs" / "examples" / "kennel.py"
 GUIDE = ROOT / "docs" / "deployment.rst"
 RABBITMQ, REDIS = BROKERS["amqp"], BROKERS["redis"]
-PATIENCE = 20.0
+PATIENCE = 45.0  # on a busy machine; less than a lease, so that nobody takes up what is lost
 
 
 def unused_port():
@@ -1573,7 +1573,7 @@ class Deployment:
         self.webs.append(web)
         return web
 
-    def end(self, process, how=signal.SIGTERM, timeout=15):
+    def end(self, process, how=signal.SIGTERM, timeout=PATIENCE):
         process.send_signal(how)
         return process.wait(timeout)
 
@@ -1808,7 +1808,7 @@ def test_jobs_run_soon_after_the_broker_is_back(broker, how, deploy, caplog):
         until(lambda: "bells were dropped" in caplog.text)
         door.be(False)
         door.be(True)
-        web.ended_well(*sids, *[web.sell() for _ in range(3)], timeout=30)
+        web.ended_well(*sids, *[web.sell() for _ in range(3)])
 
 
 @services
@@ -1819,13 +1819,13 @@ def test_a_slow_broker_slows_no_request(deploy):
         web = site.web()
         site.worker("-P", "solo")
         door.be("slow")
-        web.ended_well(web.sell(), timeout=40)
+        web.ended_well(web.sell())
 
 
 @services
 @slow
 @pytest.mark.parametrize(
-    ("broker", "pool", "timeout"), [(RABBITMQ, "prefork", 75), (REDIS, "threads", 40)]
+    ("broker", "pool", "timeout"), [(RABBITMQ, "prefork", 120), (REDIS, "threads", 60)]
 )
 def test_a_worker_whose_connection_died_silently_connects_anew(broker, pool, timeout, deploy):
     port = 5672 if broker == RABBITMQ else 6379
@@ -2019,7 +2019,7 @@ def test_a_warm_shutdown_lets_jobs_end(pool, deploy):
     worker.send_signal(signal.SIGTERM)
     until(lambda: "Warm shutdown" in site.log(worker.log))
     (site.directory / "go").touch()
-    assert worker.wait(15) == 0
+    assert worker.wait(PATIENCE) == 0
     web.ended_well(sid)
     assert web.status(sid).attempts == 1
     site.worker()
@@ -2125,7 +2125,7 @@ def test_what_waits_for_its_time_outlives_the_processes_of_a_pool_and_renews_non
     second = until(lambda: children(worker) not in ([], first) and children(worker))
     time.sleep(8)  # Celery looks every 5 s
     assert children(worker) == second
-    web.ended_well(*sids, timeout=40)
+    web.ended_well(*sids, timeout=30 + PATIENCE)
     for status in map(web.status, sids):
         assert status.started - status.created < 30 + 3  # recovery comes after 5
 
@@ -2143,7 +2143,7 @@ def test_a_worker_ends_while_redis_swallows_everything(pool, deploy):
         door.be("black hole")
         time.sleep(3)  # longer than the pause between two of Celery's events
         (site.directory / "go").touch()
-        site.end(worker, timeout=40)
+        site.end(worker, timeout=2 * PATIENCE)
         assert web.status(sid).status == "successful"
 
 
@@ -2289,7 +2289,7 @@ def test_a_worker_that_is_set_up_wrongly_ends_and_says_why(what, deploy):
     site = deploy("ram")
     site.edit("production.ini", changes)
     worker = site.worker(wait=False)
-    assert worker.wait(20) == 1
+    assert worker.wait(PATIENCE) == 1
     assert reason in site.log(worker.log)
 
 
@@ -2303,7 +2303,7 @@ def test_a_worker_that_the_environment_sends_to_another_broker_ends_and_says_why
     site.edit("production.ini", {"zconfig://%(here)s/zodb.conf": "memory://"})
     monkeypatch.setenv(name, REDIS)
     worker = site.worker(wait=False)
-    assert worker.wait(20) == 1
+    assert worker.wait(PATIENCE) == 1
     assert "CELERY_BROKER_URL in the environment" in site.log(worker.log)
     if name == "CELERY_BROKER_URL":
         site.worker("-P", "solo", general=["-b", RABBITMQ])  # which it is told to its face
@@ -2328,7 +2328,7 @@ def test_a_worker_whose_database_is_down_ends_and_says_why(pool, deploy):
     site.end(site.zeo, signal.SIGKILL)
     site.edit("zodb.conf", {"wait-timeout 10": "wait-timeout 2"})
     worker = site.worker("-P", pool, wait=False)
-    assert worker.wait(30) == 1
+    assert worker.wait(PATIENCE) == 1
     assert "the worker stops, for production.ini gives no application" in site.log(worker.log)
     assert "ClientDisconnected" in site.log(worker.log)
 
@@ -2357,7 +2357,7 @@ def test_a_worker_without_an_ini_file_says_so(options, reason, deploy):
     worker = site.start(
         "-m", "celery", "-A", "pyramid_async.celery", "worker", *options, log="worker"
     )
-    assert worker.wait(20) == 1
+    assert worker.wait(PATIENCE) == 1
     assert reason in site.log("worker")
 
 
@@ -2368,7 +2368,7 @@ def test_pools_without_processes_end_too(pool, deploy):
     site = deploy("ram")
     site.edit("production.ini", {"zodb.conf": "nothing.conf"})
     worker = site.worker("-P", pool, wait=False)
-    assert worker.wait(20) == 1
+    assert worker.wait(PATIENCE) == 1
     assert "nothing.conf" in site.log(worker.log)
 
 
@@ -2380,7 +2380,7 @@ def ask(url, body=None):
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
             return answer.status, answer.headers["Location"], json.load(answer)
     except urllib.error.HTTPError as error:
         with error:
@@ -2481,7 +2481,7 @@ from pyramid.paster import get_app
 
 server = make_server("127.0.0.1", int(sys.argv[2]), get_app(sys.argv[1]))
 if os.fork() == 0:
-    signal.alarm(20)
+    signal.alarm(120)
     print("listens", flush=True)
     server.handle_request()
     os._exit(0)
