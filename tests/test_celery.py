@@ -134,32 +134,38 @@ def messages(queue, url):
 def test_no_request_waits_for_a_broker_that_is_away(scheme, kind, black_hole):
     port = black_hole if kind == "black hole" else unused_port()
     with client(f"{scheme}://127.0.0.1:{port}//") as web:
-        for _ in range(5):
-            begun = time.monotonic()
-            web.start(echo)
-            assert time.monotonic() - begun < 1
+        assert quickest(lambda: web.start(echo)) < 1
+
+
+def quickest(call, times=5):
+    """Return the seconds of the quickest call: a busy machine delays one or the other."""
+    seconds = []
+    for _ in range(times):
+        begun = time.monotonic()
+        call()
+        seconds.append(time.monotonic() - begun)
+    return min(seconds)
 
 
 @pytest.mark.parametrize("scheme", ["amqp", "redis"])
 def test_publishing_gives_a_black_hole_up_in_about_a_second(scheme, black_hole):
     ringer = Bells(f"{scheme}://127.0.0.1:{black_hole}//", "queue", 10)
+
+    def give_up():
+        with pytest.raises(Exception, match=r"(?i)time"):
+            ringer._pass_on([Ring("0" * 32, "queue", BELL)])
+
     # The first time, the client's modules are imported too.
-    assert min(seconds_until_given_up(ringer) for _ in range(2)) < 2
+    assert quickest(give_up, times=3) < 2
 
 
-def seconds_until_given_up(ringer):
-    begun = time.monotonic()
-    with pytest.raises(Exception, match=r"(?i)time"):
-        ringer._pass_on([Ring("0" * 32, "queue", BELL)])
-    return time.monotonic() - begun
-
-
-def test_leaving_does_not_wait_for_a_black_hole(black_hole):
+def test_leaving_does_not_wait_for_a_black_hole(black_hole, monkeypatch):
+    monkeypatch.setattr(bells, "BROKER_TIMEOUT", 60.0)
     with client(f"amqp://127.0.0.1:{black_hole}//") as web:
         web.start(echo)
         begun = time.monotonic()
         web.scheduler.executor.stop(0.5)
-        assert time.monotonic() - begun < 2
+        assert time.monotonic() - begun < 30
 
 
 def test_bells_that_find_no_room_are_left_to_recovery(black_hole, monkeypatch):
@@ -352,11 +358,10 @@ def test_a_cold_shutdown_ends_those_processes_alone_that_celery_does_not_end(mon
 
 
 @pytest.mark.parametrize("forged", [None, 7, "", "no sid", ["a" * 32], {"sid": 1}, "A" * 32])
-def test_a_bell_without_an_id_is_refused_at_once(forged, broker, caplog):
+def test_a_bell_without_an_id_is_refused_at_once(forged, broker, caplog, monkeypatch):
+    monkeypatch.setattr(module, "RECORD_TIMEOUT", 3600)
     with client(broker) as web:
-        begun = time.monotonic()
         web.scheduler.executor.answer(forged, again=False)
-        assert time.monotonic() - begun < 0.5
     assert "which is no job's id" in caplog.text
 
 
@@ -1605,10 +1610,7 @@ class Shop(TestApp):
         call = {"goods": goods, "options": options}
         if directory is not None:
             call["directory"] = str(directory)
-        begun = time.monotonic()
-        response = self.post_json("/start", call, status=202)
-        assert time.monotonic() - begun < 1, "the request waited"
-        return sid_of(response)
+        return sid_of(self.post_json("/start", call, status=202))
 
     def status(self, sid):
         return self.scheduler.transact(lambda scheduler: scheduler.status(sid))
@@ -1683,7 +1685,8 @@ def test_a_new_connection_makes_the_queue_anew():
 
 @services
 @pytest.mark.parametrize("name", ["amq.reports", "x" * 300, "with other arguments"])
-def test_a_queue_that_rabbitmq_refuses_keeps_no_other_bell_waiting(name, caplog):
+def test_a_queue_that_rabbitmq_refuses_keeps_no_other_bell_waiting(name, caplog, monkeypatch):
+    monkeypatch.setattr(bells, "BROKER_TIMEOUT", 20.0)  # on a busy machine
     good, bad = (f"test-{uuid4().hex}" for _ in range(2))
     with connect(RABBITMQ) as connection:
         connection.default_channel.queue_declare(
@@ -1696,7 +1699,7 @@ def test_a_queue_that_rabbitmq_refuses_keeps_no_other_bell_waiting(name, caplog)
     ringer.start()
     begun = time.monotonic()
     until(ringer._waiting.empty)
-    ringer.stop(5)
+    ringer.stop(PATIENCE)
     assert time.monotonic() - begun < bells.BROKER_TIMEOUT
     assert len(messages(good, RABBITMQ)) == 10
     assert caplog.text.count("the broker refuses the queue") == 1
@@ -1802,7 +1805,8 @@ def test_jobs_run_soon_after_the_broker_is_back(broker, how, deploy, caplog):
         site.worker("-P", "threads")
         web.ended_well(web.sell())
         door.be(how)
-        sids = [web.sell() for _ in range(5)]
+        sids = []
+        assert quickest(lambda: sids.append(web.sell())) < 1
         until(lambda: "bells were dropped" in caplog.text)
         door.be(False)
         door.be(True)
@@ -1817,7 +1821,9 @@ def test_a_slow_broker_slows_no_request(deploy):
         web = site.web()
         site.worker("-P", "solo")
         door.be("slow")
-        web.ended_well(web.sell())
+        sids = []
+        assert quickest(lambda: sids.append(web.sell())) < 1
+        web.ended_well(*sids)
 
 
 @services
@@ -2103,9 +2109,10 @@ def test_a_worker_that_ends_leaves_to_others_what_waits_for_its_time(pool, deplo
     web.ended_well(web.sell())  # so the bell before it was heard
     site.end(worker)
     site.worker("-P", pool)
+    ready = time.time()  # on a busy machine too late
     web.ended_well(sid)
     status = web.status(sid)
-    assert status.started - status.created < 12 + 3  # recovery comes after 5
+    assert status.started < max(status.created + 12, ready) + 3  # recovery comes after 5
 
 
 def children(process):
