@@ -53,10 +53,12 @@ def web():
 
 def ask(web, path, method="GET", **more):
     """Send a request; a 500 or a slow answer fails."""
-    request = TestRequest.blank(path, method=method, **more)
-    begun = time.perf_counter()
-    response = web.do_request(request, expect_errors=True)
-    assert time.perf_counter() - begun < SLOW
+
+    def answer():
+        request = TestRequest.blank(path, method=method, **more)
+        return web.do_request(request, expect_errors=True)
+
+    response = quickly(answer)
     assert response.status_code < 500, response
     assert response.headers["Cache-Control"] == "no-store"
     assert response.headers["X-Content-Type-Options"] == "nosniff"
@@ -64,6 +66,16 @@ def ask(web, path, method="GET", **more):
         assert response.content_type == "application/problem+json"
         assert response.json["status"] == response.status_code
     return response
+
+
+def quickly(call):
+    """Return what the call returns.  A busy machine makes one slow, and a bad input each."""
+    for _ in range(3):
+        begun = time.perf_counter()
+        returned = call()
+        if time.perf_counter() - begun < SLOW:
+            return returned
+    pytest.fail(f"slower than {SLOW} s, three times")
 
 
 # -- what is sent --------------------------------------------------------------------------
@@ -238,12 +250,10 @@ def check_preflight(web, names):
 
 def check_origins_setting(web, origins):
     """The list of origins: it stops the start, or it means what it says."""
-    begun = time.perf_counter()
     try:
-        policy = Policy(origins, credentials=True)
+        policy = quickly(lambda: Policy(origins, credentials=True))
     except ConfigurationError:
         return
-    assert time.perf_counter() - begun < SLOW
     assert not policy.allows(None)
     for origin in origins:
         assert policy.allows(origin)
