@@ -950,7 +950,7 @@ def test_the_exit_waits_for_all_schedulers_at_the_same_time():
         """
     )
     assert run.returncode == 0
-    assert 2 <= float(run.stdout) < 4
+    assert 2 <= float(run.stdout) < 6  # one after the other they would take that
 
 
 @pytest.mark.slow
