@@ -7,13 +7,13 @@ where transactions go in turn to two clients, as if two processes shared the sto
 from __future__ import annotations
 
 import gc
-import os
 import threading
 from collections import OrderedDict, namedtuple
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from itertools import count, cycle
 from types import SimpleNamespace
+from uuid import uuid4
 
 import pytest
 import transaction
@@ -136,7 +136,7 @@ def postgresql(tmp_path_factory):
     kinds = {"relstorage": RelStorage, "relstorage-hf": HistoryFree}
     made = {name: kind(tmp_path_factory.mktemp(name)) for name, kind in kinds.items()}
     for name, storage in made.items():
-        storage.database = f"stores_{name.replace('-', '_')}_{os.getpid()}"
+        storage.database = f"stores_{name.replace('-', '_')}_{uuid4().hex}"
         storage.start()
     yield {name: storage.database for name, storage in made.items()}
     for storage in made.values():

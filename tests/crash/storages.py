@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -10,6 +9,7 @@ import sys
 import time
 from contextlib import closing, suppress
 from pathlib import Path
+from uuid import uuid4
 
 import zodburi
 from ZODB import DB
@@ -129,7 +129,7 @@ class RelStorage(FileStorage):
 
     def __init__(self, directory, control=None):
         super().__init__(directory)
-        self.database = f"crash_{os.getpid()}"
+        self.database = f"crash_{uuid4().hex}"  # a run that was killed leaves its own
         values = {"database": self.database, "keep_history": self.keep_history}
         self.uri = "zconfig://" + written(self.directory / "client.conf", RELSTORAGE, values)
 
