@@ -404,7 +404,7 @@ def test_many_threads_insert_side_by_side(store):
     start, failed = threading.Barrier(4), []
 
     def insert(number):
-        start.wait(5)
+        start.wait(20)
         for ordinal in range(25):
             try:
                 add(store, f"{number * 25 + ordinal:02x}{SID}")
@@ -415,7 +415,7 @@ def test_many_threads_insert_side_by_side(store):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(45)  # a hundred commits
     assert failed == []
     with view(store) as seen:
         assert len(list(seen.table.unfinished())) == 100
@@ -1701,7 +1701,7 @@ def test_processes_may_install_at_the_same_time(database, monkeypatch):
     failed = []
 
     def install():
-        start.wait(5)
+        start.wait(20)
         try:
             ZodbStore(database).install()
         except Exception as error:

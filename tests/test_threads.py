@@ -488,7 +488,7 @@ def test_stop_takes_no_longer_than_its_time_when_a_job_never_ends(db, at, caplog
         GATES[at].reach()
         begun = time.monotonic()
         one.executor.stop(0.05)
-        assert time.monotonic() - begun < 2
+        assert time.monotonic() - begun < 10  # of the 20 s that the gate is shut
         assert f"stopped with jobs still running: {sid}" in caplog.text
         GATES[at].opened.set()
 

@@ -105,7 +105,7 @@ def test_process_that_is_told_to_exit_holds_nobody(web, hold, at_gate, monkeypat
     monkeypatch.setattr(Exit, "asked", False)
     answer = hold(web, at_work(web, at_gate) + f"?wait={LONG}")
     monkeypatch.setattr(Exit, "asked", True)
-    assert answer.result(3).json["status"] == "running"
+    assert answer.result(8).json["status"] == "running"
 
 
 def visits(config):
@@ -274,7 +274,7 @@ def test_time_ends_the_wait_which_is_cut_to_the_longest_allowed(at_gate, path):
         url = at_work(web, at_gate)
         begun = time.monotonic()
         response = web.get(f"{url}{path}?wait={'9' * 5000}", status="*")
-        assert 1 <= time.monotonic() - begun < 5
+        assert 1 <= time.monotonic() - begun < 15  # of the 20 s that the gate is shut
         assert response.status_code == (404 if path else 200)
         assert response.headers["Preference-Applied"] == "wait=1"
         assert response.headers["Retry-After"] == "1"
@@ -463,7 +463,7 @@ def test_wait_ends_when_the_client_has_left(web, hold, at_gate, wait_for):
     left.set()
     begun = time.monotonic()
     assert answer.result().json["status"] == "running"
-    assert time.monotonic() - begun < 3  # of LONG
+    assert time.monotonic() - begun < 8  # of LONG
     assert taken(web) == 0
 
 
