@@ -1955,8 +1955,9 @@ def test_a_worker_does_not_assail_a_broker_that_refuses_its_first_command(monkey
 @pytest.mark.parametrize(
     ("option", "goods", "reason"),
     [
-        ("--soft-time-limit=1", "never checks", "ran longer than Celery's soft time limit of 1"),
-        ("--time-limit=2", "never checks", "ran into Celery's time limit of 2"),
+        # Long enough for the short job that comes after it, on a busy machine.
+        ("--soft-time-limit=4", "never checks", "ran longer than Celery's soft time limit of 4"),
+        ("--time-limit=6", "never checks", "ran into Celery's time limit of 6"),
     ],
 )
 def test_celerys_time_limits_end_a_job_with_a_reason(option, goods, reason, deploy):
