@@ -9,6 +9,7 @@ import time
 import pytest
 import transaction
 import ZODB
+from webapp import gate
 from ZODB.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
 
@@ -61,6 +62,19 @@ def closed_afterwards(database):
     database.close()
     # Files left open are reported here, by the test that left them, and not by a later one.
     gc.collect()
+
+
+@pytest.fixture
+def at():
+    """The name of a gate, which opens at the end of the test."""
+    with gate() as name:
+        yield name
+
+
+@pytest.fixture
+def at_gate(at):
+    """The same, where that says more."""
+    return at
 
 
 @pytest.fixture

@@ -42,6 +42,7 @@ from amqp.exceptions import (
 from bare import Clock
 from celery.bin.celery import celery as celery_command
 from crash.executors import BROKERS, remove_queue
+from crash.storages import free_port
 from kombu import Queue
 from kombu.serialization import registry
 from pyramid.config import Configurator
@@ -67,11 +68,6 @@ KENNEL = ROOT / "docs" / "examples" / "kennel.py"
 GUIDE = ROOT / "docs" / "deployment.rst"
 RABBITMQ, REDIS = BROKERS["amqp"], BROKERS["redis"]
 PATIENCE = 45.0  # on a busy machine; less than a lease, so that nobody takes up what is lost
-
-
-def unused_port():
-    with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        return server.getsockname()[1]
 
 
 def until(question, timeout=PATIENCE, what=""):
@@ -132,7 +128,7 @@ def messages(queue, url):
 @pytest.mark.parametrize("scheme", ["amqp", "redis"])
 @pytest.mark.parametrize("kind", ["closed", "black hole"])
 def test_no_request_waits_for_a_broker_that_is_away(scheme, kind, black_hole):
-    port = black_hole if kind == "black hole" else unused_port()
+    port = black_hole if kind == "black hole" else free_port()
     with client(f"{scheme}://127.0.0.1:{port}//") as web:
         assert quickest(lambda: web.start(echo)) < 1
 
@@ -664,7 +660,7 @@ def test_a_queue_is_made_once_for_each_connection(broker):
 
 
 def test_who_has_rung_for_nothing_leaves_without_asking_the_broker(caplog):
-    ringer = Bells(f"amqp://127.0.0.1:{unused_port()}//", "queue", 10)
+    ringer = Bells(f"amqp://127.0.0.1:{free_port()}//", "queue", 10)
     ringer.start()
     ringer.stop(5)
     assert not ringer._thread.is_alive()
@@ -708,7 +704,7 @@ def test_who_is_rung_for_once_more_does_not_wait_long_for_the_record(broker, mon
 
 
 def test_a_bell_is_sent_to_the_last_of_a_list_of_brokers_if_no_other_is_there(broker):
-    closed = [f"amqp://127.0.0.1:{unused_port()}//" for _ in range(3)]
+    closed = [f"amqp://127.0.0.1:{free_port()}//" for _ in range(3)]
     ringer, queue = Bells(";".join([*closed, broker]), "queue", 10), uuid4().hex
     ringer._pass_on([Ring("a" * 32, queue, BELL)])
     ringer._disconnect()
@@ -717,7 +713,7 @@ def test_a_bell_is_sent_to_the_last_of_a_list_of_brokers_if_no_other_is_there(br
 
 def test_a_bell_that_was_dropped_may_be_rung_again(caplog, monkeypatch):
     monkeypatch.setattr(bells, "BROKER_TIMEOUT", 0.01)
-    ringer = Bells(f"amqp://127.0.0.1:{unused_port()}//", "queue", 10)
+    ringer = Bells(f"amqp://127.0.0.1:{free_port()}//", "queue", 10)
     for task in (BELL, AGAIN):
         ringer.ring("a" * 32, None, task)
     assert ringer.rung("a" * 32)
@@ -1455,7 +1451,7 @@ class Deployment:
     # -- storages
 
     def use_zeo(self):
-        self.zeo_port = unused_port()
+        self.zeo_port = free_port()
         self.edit("zodb.conf", {"zeo.example.org:9100": f"127.0.0.1:{self.zeo_port}"})
         self.edit(
             "zeo.conf",
@@ -1547,7 +1543,7 @@ class Deployment:
 
     def gunicorn(self, ini="production.ini", *options):
         """Start gunicorn as the guide says; return its URL."""
-        port = unused_port()
+        port = free_port()
         process = self.start(
             *("-m", "gunicorn", "--paste", ini, "--bind", f"127.0.0.1:{port}", *options),
             log="gunicorn",
@@ -1557,7 +1553,7 @@ class Deployment:
 
     def uwsgi(self, ini="production.ini", *options):
         """Start uWSGI with two processes; return its URL."""
-        port = unused_port()
+        port = free_port()
         text = f"from pyramid.paster import get_app\napp = get_app({ini!r})\n"
         (self.directory / "served.py").write_text(text)
         self.start(
@@ -2506,7 +2502,7 @@ def test_a_view_that_schedules_nothing_uses_no_database_opened_before_the_fork(
     site = deploy(storage, None)
     site.edit("alone.ini", {"async.workers": f"async.store = {records}\nasync.workers"})
     site.edit("production.ini", THREADS)
-    name, port = "production.ini" if storage == "zeo" else "alone.ini", unused_port()
+    name, port = "production.ini" if storage == "zeo" else "alone.ini", free_port()
     site.start("-c", FORKS, name, str(port))
     until(lambda: "listens" in site.log())
     assert ask(f"http://127.0.0.1:{port}/count")[0] == 500

@@ -35,13 +35,6 @@ def web(request):
 
 
 @pytest.fixture
-def at_gate():
-    """The name of a gate, which opens at the end of the test."""
-    with gate() as name:
-        yield name
-
-
-@pytest.fixture
 def told(web):
     """What was told of each job: sid -> [(kind of event, status, thread)]."""
     seen = {}

@@ -12,7 +12,6 @@ from uuid import uuid4
 import pytest
 import webapp
 import ZODB
-from pyramid.csrf import CookieCSRFStoragePolicy
 from pyramid.exceptions import ConfigurationError, URLDecodeError
 from pyramid.httpexceptions import (
     HTTPClientError,
@@ -35,6 +34,7 @@ from webapp import (
     as_user,
     behind_gate,
     browser,
+    checking_csrf,
     commit_slowly,
     echo,
     fail,
@@ -135,13 +135,6 @@ def durable():
         yield client
 
 
-@pytest.fixture
-def at_gate():
-    """The name of a gate, which opens at the end of the test."""
-    with gate() as name:
-        yield name
-
-
 def valid(document):
     validate(document, STATUS_INFO)
     rels = [link["rel"] for link in document["links"]]
@@ -197,18 +190,14 @@ def test_job_is_found_as_soon_as_the_start_was_answered(web):
 def test_job_does_not_exist_when_the_commit_fails(web):
     with pytest.raises(Exception, match="the vote failed"):
         web.start(leave_a_mark, "mark", query="?conflict=9")
-    assert number_of_jobs(web) == 0
+    assert web.number_of_jobs() == 0
 
 
 def test_conflict_at_the_start_makes_one_job_and_no_other():
     with kind("zodb-explicit-retry") as web:
         url = web.start(echo, "once", query="?conflict=2").location
         assert web.done(url)["result"] == "once"
-        assert number_of_jobs(web) == 1
-
-
-def number_of_jobs(web):
-    return len(web.scheduler.transact(lambda scheduler: scheduler.jobs()))
+        assert web.number_of_jobs() == 1
 
 
 def test_full_store_refuses_with_503(at_gate):
@@ -1028,7 +1017,7 @@ def test_interrupt_of_a_job_that_a_view_raises_is_answered_and_nothing_committed
         for url, text in [(late, "JobTimeout: "), (dismissed, "JobDismissed")]:
             assert web.get(f"/take/{url[-32:]}").text.startswith(text)
             web.get(url, status=200)
-        assert number_of_jobs(web) == 2
+        assert web.number_of_jobs() == 2
 
 
 def ask_ourselves(name):
@@ -1117,13 +1106,8 @@ def test_other_routes_of_the_application_are_left_alone(web):
 # -- CSRF ------------------------------------------------------------------------------
 
 
-def with_csrf(config):
-    config.set_csrf_storage_policy(CookieCSRFStoragePolicy())
-    config.set_default_csrf_options(require_csrf=True)
-
-
 def test_csrf_is_checked_as_the_application_has_it():
-    with browser(routes=with_csrf) as web:
+    with browser(routes=checking_csrf) as web:
         sid = web.scheduler.transact(lambda s: s.schedule(echo))
         web.get(f"/async/{sid}?wait=5", status=200)
         response = web.delete(f"/async/{sid}", headers=LISTED, status=400)
@@ -1142,7 +1126,7 @@ def test_csrf_is_checked_as_the_application_has_it():
     "content_type", ["application/x-www-form-urlencoded; charset=latin-1", "multipart/form-data"]
 )
 def test_form_that_is_none_is_the_fault_of_the_client(method, content_type, caplog):
-    with browser({"async.store": "ram"}, routes=with_csrf) as web:
+    with browser({"async.store": "ram"}, routes=checking_csrf) as web:
         sid = web.scheduler.transact(lambda s: s.schedule(echo))
         path = {"DELETE": f"/async/{sid}", "POST": "/async/rpc"}[method]
         headers = {"Content-Type": content_type}
@@ -1343,7 +1327,7 @@ def with_cors(config):
     config.add_route("only_post", "/only-post", request_method="POST")
     config.add_view(lambda request: {}, route_name="only_post", renderer="json")
     config.add_async_cors("only_post", methods=("POST", "PUT"))
-    with_csrf(config)
+    checking_csrf(config)
 
 
 def test_start_route_of_the_application_is_served_by_the_same_helper():

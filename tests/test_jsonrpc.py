@@ -80,12 +80,6 @@ def web(request):
         yield client
 
 
-@pytest.fixture
-def at_gate():
-    with gate() as name:
-        yield name
-
-
 def post(web, body, status=200, headers=None, user=None):
     body = body if isinstance(body, str | bytes) else json.dumps(body)
     headers = {"Content-Type": "application/json", **(headers or {}), **as_user(user)}
@@ -105,10 +99,6 @@ def value_of(web, document):
     """Return the value of a job that an answer told of."""
     validate(document, STATUS_INFO)
     return web.done(document["links"][0]["href"])["result"]
-
-
-def number_of_jobs(web):
-    return len(web.scheduler.transact(lambda scheduler: scheduler.jobs()))
 
 
 # -- the fifteen examples of the specification ---------------------------------------------
@@ -145,7 +135,7 @@ def test_examples_1_to_4_positional_and_named_parameters(web, request_, value):
 def test_examples_5_and_6_notifications(web, request_, jobs):
     response = post(web, request_, status=204)
     assert response.body == b""
-    assert number_of_jobs(web) == jobs
+    assert web.number_of_jobs() == jobs
 
 
 NOT_FOUND = {"code": -32601, "message": "Method not found"}
@@ -169,7 +159,7 @@ INVALID = {"jsonrpc": "2.0", "error": {"code": -32600, "message": "Invalid Reque
 )  # fmt: skip
 def test_examples_7_to_13_errors(web, request_, answer):
     assert post(web, request_).json == answer
-    assert number_of_jobs(web) == 0
+    assert web.number_of_jobs() == 0
 
 
 def test_example_14_batch(web):
@@ -189,7 +179,7 @@ def test_example_14_batch(web):
     assert values == [7, 19, ["hello", 5]]
     assert answers[2] == INVALID
     assert answers[3]["error"] == NOT_FOUND
-    assert number_of_jobs(web) == 4
+    assert web.number_of_jobs() == 4
 
 
 def test_example_15_batch_of_notifications(web):
@@ -202,7 +192,7 @@ def test_example_15_batch_of_notifications(web):
         status=204,
     )
     assert response.body == b""
-    assert number_of_jobs(web) == 2
+    assert web.number_of_jobs() == 2
 
 
 # -- requests that are none ------------------------------------------------------------------
@@ -251,7 +241,7 @@ def test_what_is_not_json_is_a_parse_error(body):
 def test_what_is_no_request_object_is_invalid(request_):
     with browser(routes=operations) as web:
         assert post(web, request_).json == INVALID
-        assert number_of_jobs(web) == 0
+        assert web.number_of_jobs() == 0
 
 
 @pytest.mark.parametrize("id_", [0, -1, 1.5, "", "\ud800", 10**400, None])
@@ -280,7 +270,7 @@ def test_parameters_that_do_not_fit_are_invalid(method, params):
     with browser(routes=operations) as web:
         answer = post(web, {"jsonrpc": "2.0", "method": method, "params": params, "id": 1}).json
         assert answer["error"] == {"code": -32602, "message": "Invalid params"}
-        assert number_of_jobs(web) == 0
+        assert web.number_of_jobs() == 0
 
 
 def too_deep():
@@ -297,7 +287,7 @@ def test_parameters_that_cannot_be_stored_are_invalid(web, monkeypatch):
     # A longer body goes to a file that WebOb does not close.
     monkeypatch.setattr(BaseRequest, "request_body_tempfile_limit", 1_000_000)
     assert call(web, "echo", too_deep())["code"] == -32602
-    assert number_of_jobs(web) == 0
+    assert web.number_of_jobs() == 0
 
 
 @pytest.mark.parametrize(
@@ -381,7 +371,7 @@ def test_csrf_is_checked_as_the_application_has_it():
     with browser(routes=routes) as web:
         response = post(web, {"jsonrpc": "2.0", "method": "echo"}, status=400)
         assert response.content_type == "application/problem+json"
-        assert number_of_jobs(web) == 0
+        assert web.number_of_jobs() == 0
 
 
 def leave_rpc_out(request):
@@ -396,7 +386,7 @@ def test_without_a_transaction_it_is_a_500_and_no_job_is_promised(name, caplog):
         assert response.content_type == "application/problem+json"
         assert response.json["errorID"] in caplog.text
         assert "tm.activate_hook" in caplog.text
-        assert number_of_jobs(web) == 0
+        assert web.number_of_jobs() == 0
 
 
 # -- jobs ----------------------------------------------------------------------------------------
@@ -527,7 +517,7 @@ def test_job_belongs_to_who_started_it(web):
 def test_operation_with_a_permission_is_started_by_its_holders_alone(web):
     for user in (None, "alice"):
         assert call(web, "restricted", user=user) == {"code": -32004, "message": "Forbidden"}
-    assert number_of_jobs(web) == 0
+    assert web.number_of_jobs() == 0
     assert call(web, "restricted", user="admin")["status"] == "accepted"
 
 
@@ -586,7 +576,7 @@ def test_full_store_undoes_the_whole_batch():
             assert answer["error"]["code"] == -32002
             assert answer["error"]["data"] == {"retryAfter": 5}
         assert answers[3] == INVALID
-        assert number_of_jobs(web) == 0
+        assert web.number_of_jobs() == 0
         assert value_of(web, call(web, "echo", 1)) == 1
 
 
@@ -603,7 +593,7 @@ def test_defect_undoes_the_whole_batch_and_tells_an_id_alone(web, monkeypatch, c
     for answer in response.json[:2]:
         assert answer["error"]["code"] == -32603
         assert answer["error"]["data"]["errorID"] in caplog.text
-    assert number_of_jobs(web) == 1
+    assert web.number_of_jobs() == 1
 
 
 def test_conflict_makes_all_jobs_of_a_batch_once_or_none(web, monkeypatch):
@@ -621,11 +611,11 @@ def test_conflict_makes_all_jobs_of_a_batch_once_or_none(web, monkeypatch):
     answer = post(web, batch(("echo", 1), ("async.cancel", started["jobID"])), status="*")
     if answer.status_code == 503:
         assert answer.headers["Retry-After"] == "1"
-        assert number_of_jobs(web) == 1
+        assert web.number_of_jobs() == 1
     else:  # pyramid_retry ran the request again
         assert len(attempts) == 2
         assert answer.json[0]["result"]["processID"] == "echo"
-        assert number_of_jobs(web) == 3
+        assert web.number_of_jobs() == 3
 
 
 def test_jobs_of_a_batch_start_after_its_commit(web):

@@ -14,6 +14,7 @@ from webapp import (
     as_user,
     behind_gate,
     browser,
+    checking_csrf,
     echo,
     fail,
     gate,
@@ -417,11 +418,6 @@ def test_calls_tell_whoever_may_see_the_job_and_nobody_else(web, gates, state, a
 
 
 # -- what a stranger may try --------------------------------------------------------------
-
-
-def checking_csrf(config):
-    config.set_csrf_storage_policy(CookieCSRFStoragePolicy())
-    config.set_default_csrf_options(require_csrf=True)
 
 
 @pytest.mark.parametrize("place", ["header", "body"])

@@ -51,12 +51,6 @@ def key():
     CALLS.pop(name, None)
 
 
-@pytest.fixture
-def at():
-    with gate() as name:
-        yield name
-
-
 def note(key, value=None):
     CALLS[key].append(current_job().attempt)
     return value

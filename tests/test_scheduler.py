@@ -423,13 +423,6 @@ def key():
     CALLS.pop(name, None)
 
 
-@pytest.fixture
-def at():
-    """The name of a gate."""
-    with gate() as name:
-        yield name
-
-
 def everywhere(*names):
     return pytest.mark.parametrize("web", names, indirect=True)
 

@@ -14,7 +14,7 @@ from bare import Clock, LosesReply, memory
 from BTrees.OOBTree import OOBTree
 from persistent import Persistent
 from transaction.interfaces import TransactionFailedError
-from webapp import GATES, SqlSession, gate, refused_once
+from webapp import GATES, SqlSession, refused_once
 from ZODB.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import ConflictError
@@ -151,12 +151,6 @@ def persistent(db):
     del SHOWN[:]
     yield setting
     setting.close()
-
-
-@pytest.fixture
-def at():
-    with gate() as name:
-        yield name
 
 
 def test_schedule_returns_an_identifier(here):

@@ -54,12 +54,6 @@ def key():
     CALLS.pop(name, None)
 
 
-@pytest.fixture
-def at():
-    with gate() as name:
-        yield name
-
-
 def note(key, value=None):
     CALLS[key].append(value)
     return value

@@ -52,13 +52,6 @@ def web(request):
 
 
 @pytest.fixture
-def at_gate():
-    """The name of a gate, which opens at the end of the test."""
-    with gate() as name:
-        yield name
-
-
-@pytest.fixture
 def elsewhere():
     """Run a function in another thread: a future."""
     with ThreadPoolExecutor(8) as pool:

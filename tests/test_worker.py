@@ -19,7 +19,7 @@ from bare import ROOT, Clock, LosesReply, Process, memory, process, together
 from persistent import Persistent
 from persistent.mapping import PersistentMapping
 from transaction.interfaces import TransientError
-from webapp import GATES, Barrier, SqlSession, gate, refused_once
+from webapp import GATES, Barrier, SqlSession, refused_once
 from ZODB.blob import Blob
 from ZODB.DemoStorage import DemoStorage
 from ZODB.POSException import ConflictError
@@ -51,12 +51,6 @@ def key():
     yield name
     CALLS.pop(name, None)
     OWN.pop(name, None)
-
-
-@pytest.fixture
-def at():
-    with gate() as name:
-        yield name
 
 
 @pytest.fixture

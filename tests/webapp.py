@@ -11,6 +11,7 @@ import jsonschema
 import transaction
 from pyramid.authorization import Allow, Everyone
 from pyramid.config import Configurator
+from pyramid.csrf import CookieCSRFStoragePolicy
 from pyramid.httpexceptions import HTTPUnauthorized
 from pyramid.security import NO_PERMISSION_REQUIRED
 from pyramid_zodbconn import get_connection
@@ -308,6 +309,9 @@ class Browser(TestApp):
     def databases(self):
         return getattr(self.app.registry, "_zodb_databases", None) or {}
 
+    def number_of_jobs(self):
+        return len(self.scheduler.transact(lambda scheduler: scheduler.jobs()))
+
     def start(self, job, *args, user=None, query="", **options):
         """Start a job and return the 202."""
         return self.post_json(
@@ -338,6 +342,12 @@ class Browser(TestApp):
         self.scheduler.executor.stop(2)
         for database in self.databases.values():
             database.close()
+
+
+def checking_csrf(config):
+    """Let an application check all forms."""
+    config.set_csrf_storage_policy(CookieCSRFStoragePolicy())
+    config.set_default_csrf_options(require_csrf=True)
 
 
 def as_user(user):
