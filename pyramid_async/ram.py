@@ -15,10 +15,11 @@ from ZODB.POSException import ConflictError
 from zope.interface import implementer
 
 from .conflicts import explain
+from .connections import Connections
 from .context import PersistentContext, map_references, refer, resolve_references
 from .interfaces import IJobStore, IJobTable, NotSchedulable, SchedulerFull
 from .jobs import FileResult, JobRecord, name_of
-from .process import Connections, Identity, at_rest, renew_in_children
+from .process import Identity, at_rest, renew_in_children
 
 # Longest wait for another transaction between its vote and its finish, seconds.
 VOTE_TIMEOUT = 10.0

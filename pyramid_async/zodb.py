@@ -26,10 +26,11 @@ from ZODB.POSException import POSKeyError, StateLoadError
 from zope.interface import implementer
 
 from .conflicts import explain
+from .connections import Connections, refuse_two_connections
 from .context import dumps, loads
 from .interfaces import AsyncError, BadRecord, IJobStore, IJobTable, NotSchedulable
 from .jobs import DISMISSED, FAILED, SUCCESSFUL, JobRecord, name_of
-from .process import Connections, Identity, refuse_two_connections
+from .process import Identity
 from .transactional import OwnManager, TransactionManager, manager_itself, pending, transact
 from .zeo import forget_oids_on_reconnect, unwrapped
 

@@ -48,9 +48,9 @@ from pyramid_async import (
     SchedulerFull,
     current_job,
 )
+from pyramid_async.connections import TwoConnections
 from pyramid_async.context import ObjectGone, PersistentContext
 from pyramid_async.jobs import FINAL, name_of
-from pyramid_async.process import TwoConnections
 from pyramid_async.scheduler import TransactionalScheduler
 from pyramid_async.transactional import transactional
 

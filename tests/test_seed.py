@@ -20,9 +20,9 @@ from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import ConflictError
 
 from pyramid_async import JobStopped, current_job
+from pyramid_async.connections import TwoConnections
 from pyramid_async.context import PersistentContext
 from pyramid_async.interfaces import JobDismissed, NotSchedulable
-from pyramid_async.process import TwoConnections
 from pyramid_async.scheduler import PersistentTransactionalScheduler, TransactionalScheduler
 from pyramid_async.transactional import transactional
 

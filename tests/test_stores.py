@@ -27,6 +27,7 @@ from ZODB.POSException import ConflictError
 
 from pyramid_async import process
 from pyramid_async.conflicts import explain
+from pyramid_async.connections import Connections
 from pyramid_async.context import PersistentContext
 from pyramid_async.interfaces import (
     AsyncError,
@@ -47,7 +48,6 @@ from pyramid_async.jobs import (
     TRANSITIONS,
     JobRecord,
 )
-from pyramid_async.process import Connections
 from pyramid_async.ram import VOTE_TIMEOUT, RamStore
 from pyramid_async.transactional import manager_itself
 from pyramid_async.zodb import FORMAT, HAUNTED, INLINE_PAYLOAD, JobRoot, NewerFormat, ZodbStore
