@@ -10,7 +10,7 @@ from pathlib import Path
 
 HOME = Path(__file__).resolve().parent.parent
 VENV = HOME / ".venv"
-BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
+PYTHON = VENV / ("Scripts" if os.name == "nt" else "bin") / "python"
 STAMP = VENV / "demo-installed"
 # An active virtual environment must not reach into the one made here.
 FOREIGN = ("VIRTUAL_ENV", "PYTHONHOME", "PYTHONPATH", "PIP_TARGET", "PIP_PREFIX", "PIP_USER")
@@ -47,15 +47,27 @@ def check_port(port):
 
 
 def installed():
-    return STAMP.exists() and STAMP.stat().st_mtime >= (HOME / "pyproject.toml").stat().st_mtime
+    fresh = STAMP.exists() and STAMP.stat().st_mtime >= (HOME / "pyproject.toml").stat().st_mtime
+    return fresh and has_pip()
+
+
+def has_pip():
+    """Say whether the environment is there, and of a Python that was not replaced since."""
+    look = [str(PYTHON), "-I", "-c", "import pip"]
+    try:
+        return subprocess.run(look, stderr=subprocess.DEVNULL).returncode == 0
+    except OSError:
+        return False
 
 
 def install():
     if importlib.util.find_spec("ensurepip") is None:
         sys.exit("This Python cannot make virtual environments. Try: apt install python3-venv")
     print(f"Installing the demo into {VENV} (once, about a minute) ...", flush=True)
-    run(sys.executable, "-m", "venv", VENV)
-    pip = (BIN / "python", "-m", "pip", "install", "-qq", "--disable-pip-version-check")
+    if not has_pip():
+        # What is left of a Python that is gone must go too.
+        run(sys.executable, "-m", "venv", *([] if PYTHON.exists() else ["--clear"]), VENV)
+    pip = (PYTHON, "-m", "pip", "install", "-qq", "--disable-pip-version-check")
     run(*pip, "--editable", f"{HOME}[demo]")
     STAMP.touch()
 
@@ -67,7 +79,7 @@ def run(*command):
 
 
 def serve(arguments):
-    python = str(BIN / "python")
+    python = str(PYTHON)
     if os.name == "nt":
         sys.exit(subprocess.call([python, *arguments], env=ENVIRONMENT))
     os.execve(python, [python, *arguments], ENVIRONMENT)

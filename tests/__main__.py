@@ -40,18 +40,28 @@ def prepare():
     """Make the environment, and install into it unless that was done for this pyproject.toml."""
     if sys.version_info < (3, 11):  # noqa: UP036 - it may be started by any Python
         sys.exit("pyramid_async needs Python 3.11 or newer, this is " + sys.version.split()[0])
-    if not (PYTHON.exists() and (VENV / "bin" / "pip").exists()):
+    stamp = VENV / "installed-for-tests"
+    if not has_pip():
         if importlib.util.find_spec("ensurepip") is None:
             sys.exit("This Python cannot make virtual environments; try: apt install python3-venv")
         # What is left of a Python that is gone must go too.
         clear = [] if PYTHON.exists() else ["--clear"]
         step([sys.executable, "-m", "venv", *clear, VENV], "making .venv")
-    stamp = VENV / "installed-for-tests"
+        stamp.unlink(missing_ok=True)
     wanted = f"{ROOT}\n{EXTRAS}\n{(ROOT / 'pyproject.toml').read_text('utf-8')}"
     if not stamp.exists() or stamp.read_text("utf-8") != wanted:
         pip = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         step([*pip, "-e", f".[{EXTRAS}]"], f"installing pyramid_async[{EXTRAS}] into .venv")
         stamp.write_text(wanted, "utf-8")
+
+
+def has_pip():
+    """Say whether the environment is there, and of a Python that was not replaced since."""
+    look = [PYTHON, "-I", "-c", "import pip"]
+    try:
+        return subprocess.run(look, stderr=subprocess.DEVNULL).returncode == 0
+    except OSError:
+        return False
 
 
 def step(command, title):

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import urllib.request
+import venv
 from configparser import ConfigParser
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -258,6 +259,36 @@ def first_page(port, demo):
             return answer.read()
         time.sleep(0.2)
     raise AssertionError(f"nobody serves port {port}; the demo's exit status: {demo.poll()}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("python", ["gone", "of another version"])
+@pytest.mark.parametrize("command", ["demo", "tests"])
+def test_first_commands_notice_that_the_python_of_their_environment_was_replaced(
+    tmp_path, command, python
+):
+    for file in (f"{command}/__main__.py", "pyproject.toml"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        shutil.copy(CHECKOUT / file, tmp_path / file)
+    # Another version looks for its packages, and so for pip, in another folder.
+    venv.create(tmp_path / ".venv", symlinks=True, with_pip=False)
+    own = tmp_path / ".venv" / "bin" / "python"
+    if python == "gone":
+        own.unlink()
+        own.symlink_to("no-python")
+    installed = f"{tmp_path}\ntest,demo,lint\n{(CHECKOUT / 'pyproject.toml').read_text('utf-8')}"
+    for stamp in ("demo-installed", "installed-for-tests"):
+        (tmp_path / ".venv" / stamp).write_text(installed, "utf-8")
+    # Nothing is fetched: that it tries to install is enough.
+    environment = {**os.environ, "PIP_NO_INDEX": "1"}
+    run = subprocess.run(
+        [sys.executable, tmp_path / command], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 1
+    assert "installing" in run.stdout.lower()
+    assert "Traceback" not in run.stderr
+    assert subprocess.run([own, "-I", "-c", "import pip"]).returncode == 0
 
 
 # -- searching -------------------------------------------------------------------------
