@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 import math
+import sys
 from collections.abc import Callable
 from secrets import token_hex
 from typing import Any
@@ -244,11 +245,20 @@ class Methods:
             raise RpcError(NO_SUCH_JOB)
 
 
+# From Python 3.14 on annotations are evaluated when they are asked for, and may name what is
+# imported for type checkers alone.
+UNEVALUATED: dict[str, Any] = {}
+if sys.version_info >= (3, 14):
+    from annotationlib import Format
+
+    UNEVALUATED["annotation_format"] = Format.FORWARDREF
+
+
 def arguments(f: Callable[..., Any], params: Any) -> tuple[list[Any], dict[str, Any]]:
     """Return (args, kw) of the parameters, or raise the error where they do not fit."""
     args, kw = (params, {}) if isinstance(params, list) else ([], params)
     try:
-        inspect.signature(f).bind(*args, **kw)
+        inspect.signature(f, **UNEVALUATED).bind(*args, **kw)
     except TypeError:
         raise RpcError(INVALID_PARAMS) from None
     except ValueError:

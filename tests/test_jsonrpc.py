@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from uuid import uuid4
 
 import pytest
@@ -305,6 +306,20 @@ def test_functions_that_are_positional_only_or_tell_no_signature_can_be_operatio
 
     with browser({"async.store": "ram"}, routes=routes) as web:
         assert value_of(web, call(web, "dict", a=1)) == {"a": 1}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 14), reason="evaluates annotations at once")
+def test_annotations_of_an_operation_may_name_what_only_type_checkers_import():
+    names = {}
+    source = "def double(amount: OnlyForTypeCheckers): return 2 * amount"
+    exec(compile(source, "operations", "exec", dont_inherit=True), names)
+
+    def routes(config):
+        config.add_operation("double", names["double"])
+
+    with browser({"async.store": "ram"}, routes=routes) as web:
+        assert value_of(web, call(web, "double", amount=21)) == 42
+        assert call(web, "double")["code"] == -32602
 
 
 # -- HTTP --------------------------------------------------------------------------------------
