@@ -623,7 +623,9 @@ def test_sigterm_is_left_alone_outside_of_the_main_thread(sigterm):
 # -- processes -----------------------------------------------------------------------------
 
 TESTS = Path(__file__).parent
-OF_OTHERS = "ignore::DeprecationWarning"  # WebOb imports cgi
+# WebOb imports cgi; Pyramid pkg_resources, and environments of Python 3.12 or later get a
+# setuptools that warns of that to users.
+OF_OTHERS = ("ignore::DeprecationWarning", "ignore:pkg_resources is deprecated:UserWarning")
 
 
 def python(program, *args, **options):
@@ -631,10 +633,7 @@ def python(program, *args, **options):
     run = subprocess.run(
         [
             sys.executable,
-            "-W",
-            "error",
-            "-W",
-            OF_OTHERS,
+            *(part for rule in ("error", *OF_OTHERS) for part in ("-W", rule)),
             "-c",
             textwrap.dedent(program),
             *map(str, args),
