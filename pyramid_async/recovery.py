@@ -85,6 +85,7 @@ class Recovery:
         self._thread: threading.Thread | None = None
         # Process -> (its beat, when we first saw that beat, by our own clock).
         self._observed: dict[str, tuple[int | None, float]] = {}
+        self._viewed = 0.0  # when the transaction began by which processes are judged, monotonic
         # Where processes of a pool tell each other what they observed; see `prefork.Hints`.
         self.hints: Any = None
         self._holders: set[str] = set()  # other processes that unfinished jobs name
@@ -362,7 +363,7 @@ class Recovery:
 
     def _look(self, table: Any) -> dict[str, float]:
         """Rescue what is lost; return what ended: sid -> seconds since then."""
-        now = self.store.clock()
+        now, self._viewed = self.store.clock(), self.monotonic()
         self._unbegun = 0
         self._waiting.clear()
         ended = {}
@@ -427,9 +428,11 @@ class Recovery:
         return self._silent(holder, sign) or self._is_unlisted(record, sign)
 
     def _silent(self, holder: str, sign: Sign | None) -> bool:
-        """Say whether a process gave no sign for a lease, by our own monotonic clock."""
-        beat = None if sign is None else sign.beat
-        now = self.monotonic()
+        """Say whether a process gave no sign for a lease, by our own monotonic clock.
+
+        As of the transaction's begin, however long it takes: it sees no later sign.
+        """
+        beat, now = None if sign is None else sign.beat, self._viewed
         seen, since = self._observed.get(holder, (beat, now))
         self._observed[holder] = (beat, since if beat == seen else now)
         return beat == seen and now - since > self.lease
@@ -458,6 +461,7 @@ class Recovery:
 
     def _processes(self, table: Any) -> dict[str, bool]:
         """Return the processes that have a sign of life, and whether it is to go."""
+        self._viewed = self.monotonic()
         return {p: p not in self._holders and self._silent(p, sign) for p, sign in table.signs()}
 
     def _remove_signs(self, processes: list[str], table: Any) -> None:

@@ -366,6 +366,30 @@ def test_look_at_many_jobs_is_no_silence(machines, key, at, monkeypatch):
         assert one.status(sid).attempts == 0
 
 
+def test_processes_that_beat_in_the_midst_of_a_long_look_are_not_taken_for_dead(
+    machines, key, monkeypatch
+):
+    """As where our own sign of life waits for a server that the others do reach."""
+    monkeypatch.setattr("pyramid_async.recovery.AT_ONCE", 1)
+    one, other, dead = (machines.process() for _ in range(3))
+    for _ in range(4):
+        other.plant(note, key)
+    lost = dead.plant(note, key)
+    other.executor.held.add("a job")  # so it shows signs of life
+
+    def wait_for_server():
+        machines.pass_time(LEASE + 1)
+        other.recovery.beat()
+
+    other.recovery.beat()
+    monkeypatch.setattr(one.recovery, "beat", wait_for_server)
+    monkeypatch.setattr(one.executor, "put", lambda sid, *args: CALLS[key].append(sid))
+    one.recovery.look()
+    assert CALLS[key] == []
+    one.recovery.look()
+    assert CALLS[key] == [lost]
+
+
 # -- jobs that a process runs without a claim ------------------------------------------------
 
 
