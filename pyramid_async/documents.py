@@ -73,7 +73,8 @@ def links(request: Any, job: JobStatus) -> list[dict[str, Any]]:
 
 def job_url(make: Callable[..., str], route: str, sid: str, **options: Any) -> str:
     """Return what a request's method *make*, with its *options*, makes of a job's route."""
-    return make(route, sid=ANY_SID, **options).replace(ANY_SID, sid)
+    # The last one: where the application is mounted, or its host, may look alike.
+    return sid.join(make(route, sid=ANY_SID, **options).rsplit(ANY_SID, 1))
 
 
 def media_type(text: Any) -> str:

@@ -1393,6 +1393,14 @@ def test_script_name_and_host_are_in_the_links():
         assert response.location.startswith("https://example.org/app/async/")
 
 
+def test_application_may_be_mounted_below_a_name_of_zeros():
+    """As of a tenant with the nil UUID."""
+    with browser() as web:
+        zeros = "/" + "0" * 32
+        response = web.post_json("/start/echo", {}, extra_environ={"SCRIPT_NAME": zeros})
+        assert response.location.startswith(f"http://localhost{zeros}/async/")
+
+
 def test_urls_of_jobs_leave_nothing_in_the_memory():
     # Pyramid keeps each element of a path that it ever quoted.
     with browser() as web:
