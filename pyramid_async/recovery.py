@@ -95,7 +95,7 @@ class Recovery:
         self._bad: set[str] = set()  # sids whose record could not be read in this look
         self._bad_before = self._bad  # in the look before
         self._unbegun = 0  # jobs that are due and nobody's, in this look
-        self._waiting: set[str] = set()  # sids of those that are not due, in this look
+        self._stray: set[str] = set()  # sids with a timer that this look did not find to wait
         self._beating = False
         self._listed: set[str | None] = set()  # signatures in our last sign of life
         self._beats = 0
@@ -345,9 +345,9 @@ class Recovery:
         self._holders.clear()
         self._unlisted_before, self._unlisted = self._unlisted, {}
         self._bad_before, self._bad = self._bad, set()
-        timed = set(self.timed())
+        self._stray = set(self.timed())
         ended = transact(self.store, self._look)
-        self._forget(timed - self._waiting)
+        self._forget(self._stray)
         self._archive(ended)
         self.store.expire(self.store.clock(), self._goes_on)
         if self.store.durable:
@@ -365,7 +365,6 @@ class Recovery:
         """Rescue what is lost; return what ended: sid -> seconds since then."""
         now, self._viewed = self.store.clock(), self.monotonic()
         self._unbegun = 0
-        self._waiting.clear()
         ended = {}
         for number, (sid, record) in enumerate(table.all_unfinished(), 1):
             age = self._inspect(sid, record, table, now)
@@ -384,7 +383,7 @@ class Recovery:
             if record.run_after is None or record.run_after <= now:
                 self._rescue(record, table)
             else:
-                self._waiting.add(sid)
+                self._stray.discard(sid)
                 if record.holder == self.store.process:
                     self.later(record.run_after, sid)
         except TransientError:

@@ -366,6 +366,27 @@ def test_look_at_many_jobs_is_no_silence(machines, key, at, monkeypatch):
         assert one.status(sid).attempts == 0
 
 
+def test_look_at_many_jobs_puts_nothing_else_off(machines, key, at, monkeypatch):
+    monkeypatch.setattr("pyramid_async.recovery.AT_ONCE", 1)
+    one, other = machines.process(), machines.process()
+    due = one.plant(note, key, run_after=10.0)
+    one.recovery.look()
+    inspect = one.recovery._inspect
+
+    def take_long(*args):
+        machines.pass_time(11)
+        return inspect(*args)
+
+    monkeypatch.setattr(one.recovery, "_inspect", take_long)
+    with frozen(one, key, at) as sid:
+        other.cancel(sid)
+        job = one.worker.running[sid]
+        one.recovery.look()
+        with pytest.raises(JobTaken):
+            job.check()
+        assert due in one.executor.held
+
+
 def test_processes_that_beat_in_the_midst_of_a_long_look_are_not_taken_for_dead(
     machines, key, monkeypatch
 ):
@@ -1415,6 +1436,49 @@ def test_timers_of_dismissed_jobs_leave_room_for_others(kind, db, key):
         one.worker.run(other)
         assert sorted(one.recovery.timed()) == sorted([kept, other])
         assert sorted(sid for _, sid in one.recovery._timers) == sorted([kept, other])
+
+
+@pytest.mark.parametrize("kind", ["ram", "zodb"])
+def test_look_remembers_no_job_that_has_no_timer(kind, db, key):
+    with process(kind, db) as one:
+        for _ in range(5):
+            one.schedule(note, key, run_after=3600.0)
+        one.executor.max_pending = 2
+        one.recovery.look()
+        held = [value for value in vars(one.recovery).values() if isinstance(value, set)]
+        assert max(map(len, held)) == 2
+
+
+def test_timers_outlive_a_look_as_long_as_their_jobs_wait(db, key, monkeypatch):
+    """Whosever they are, and also where the look does not know of them yet."""
+    with process("zodb", db) as one:
+        nobodys, dismissed = (one.plant(note, key, run_after=3600.0) for _ in range(2))
+        one.record(nobodys, holder=None)  # of a broker's
+        for sid in (nobodys, dismissed):
+            one.recovery.later(1e12, sid)
+        one.recovery.look()
+        assert sorted(one.recovery.timed()) == sorted([nobodys, dismissed])
+        one.cancel(dismissed)
+        look = one.recovery._look
+
+        def look_and_fail(table):
+            ended = look(table)
+            one.recovery.later(1e12, "a retry")
+            return ended
+
+        monkeypatch.setattr(one.recovery, "_look", look_and_fail)
+        one.recovery.look()
+        assert sorted(one.recovery.timed()) == sorted([nobodys, "a retry"])
+
+
+def test_timer_of_a_job_whose_last_attempt_has_not_quite_ended_outlives_a_look(db, key):
+    with process("zodb", db) as one:
+        sid = one.plant(note, key)
+        one.executor.held.add(sid)
+        one.recovery.later(one.store.clock(), sid)
+        one.recovery._fire()
+        one.recovery.look()
+        assert one.recovery.timed() == [sid]
 
 
 def test_timers_are_bounded(db, key):
