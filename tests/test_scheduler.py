@@ -648,6 +648,12 @@ def test_jobs_that_nobody_will_run_are_told_at_the_start(zodb, workers, caplog):
         assert ("nobody will run them" in caplog.text) == (workers == 0)
 
 
+def test_process_without_workers_beside_others_is_told_nothing(monkeypatch, caplog):
+    monkeypatch.setattr("pyramid_async.zodb.ZodbStore.exclusive", False)
+    with site({"async.workers": "0"}, zodb=[""]):
+        assert "nobody will run them" not in caplog.text
+
+
 # -- the hook ------------------------------------------------------------------------------
 
 

@@ -1051,6 +1051,35 @@ def test_expired_record_that_is_kept_for_a_day_is_small(zodb_store, clock, statu
         assert listed(seen.table.records()) == [] == [*seen.table.root.expiry]
 
 
+def contested(store, sid, keep):
+    add(store, sid)
+    with committed(store) as seen:
+        record = seen.get(sid)
+        record.contested, record.result = True, "large"
+        finish(record, keep=keep)
+    store.archive([sid])
+
+
+@pytest.mark.parametrize("keep", [HAUNTED, 2 * HAUNTED])
+def test_record_that_is_kept_for_a_day_and_longer_expires_once(zodb_store, clock, keep):
+    contested(zodb_store, SID, keep)
+    clock.now = NOW + keep + 120
+    zodb_store.expire(clock.now)
+    with view(zodb_store) as seen:
+        assert listed(seen.table.records()) == [] == [*seen.table.root.expiry]
+
+
+def test_expired_record_that_cannot_be_read_keeps_no_other_from_being_emptied(zodb_store, clock):
+    for sid in ("00", "01"):
+        contested(zodb_store, sid, keep=10)
+    with committed(zodb_store) as seen:
+        seen.table.root.finished[0]["00"] = "no record"
+    clock.now = NOW + 220
+    zodb_store.expire(clock.now)
+    with view(zodb_store) as seen:
+        assert dict(seen.table.records())["01"].empty
+
+
 def test_later_job_of_an_expired_sid_is_not_emptied(zodb_store, clock):
     add(zodb_store)
     with committed(zodb_store) as seen:
