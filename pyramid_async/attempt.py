@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import transaction
 from transaction.interfaces import DoomedTransaction, TransientError
 from ZODB.blob import Blob
-from ZODB.POSException import InvalidObjectReference, POSKeyError
+from ZODB.POSException import InvalidObjectReference, POSKeyError, StateLoadError
 
 from .current import Job, running
 from .failures import failure_of, members
@@ -98,6 +98,7 @@ LASTING = (
     InvalidObjectReference,
     LookupError,  # POSKeyError too, which a function may expect; see `Attempt.run`
     PicklingError,
+    StateLoadError,  # which we expect too, of another version's records and signs of life
     TypeError,
     UnpicklingError,
     ValueError,

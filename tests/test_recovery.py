@@ -1117,6 +1117,27 @@ def test_sign_that_cannot_be_read_keeps_nothing_else_from_being_done(machines, k
     assert read_signs(one).keys() == set()
 
 
+def ask_for_jobs(name):
+    return [job.sid for job in ASKED[name].jobs("accepted")]
+
+
+ASKED = {}
+
+
+def test_job_may_ask_for_others_where_a_sign_cannot_be_read(machines, key):
+    one = machines.process()
+    sign = Sign("a newer process")
+    sign.running["5" * 32] = Newer()
+    with one.transaction() as (table, _):
+        table.show_sign("dead", sign)
+    machines.db.cacheMinimize()
+    nobodys = one.plant(note, key)
+    one.record(nobodys, holder=None)
+    ASKED[key] = one.scheduler
+    sid = one.run(ask_for_jobs, key)
+    assert one.result(sid) == ([nobodys], None)
+
+
 # -- archive and expiry --------------------------------------------------------------------
 
 
