@@ -65,6 +65,9 @@ def install():
         sys.exit("This Python cannot make virtual environments. Try: apt install python3-venv")
     print(f"Installing the demo into {VENV} (once, about a minute) ...", flush=True)
     if not has_pip():
+        # Nothing will be installed in it: neither for the demo, nor for the tests.
+        for stamp in VENV.glob("*installed*"):
+            stamp.unlink()
         # What is left of a Python that is gone must go too.
         run(sys.executable, "-m", "venv", *([] if PYTHON.exists() else ["--clear"]), VENV)
     pip = (PYTHON, "-m", "pip", "install", "-qq", "--disable-pip-version-check")

@@ -44,10 +44,12 @@ def prepare():
     if not has_pip():
         if importlib.util.find_spec("ensurepip") is None:
             sys.exit("This Python cannot make virtual environments; try: apt install python3-venv")
+        # Nothing will be installed in it: neither for the tests, nor for the demo.
+        for old in VENV.glob("*installed*"):
+            old.unlink()
         # What is left of a Python that is gone must go too.
         clear = [] if PYTHON.exists() else ["--clear"]
         step([sys.executable, "-m", "venv", *clear, VENV], "making .venv")
-        stamp.unlink(missing_ok=True)
     wanted = f"{ROOT}\n{EXTRAS}\n{(ROOT / 'pyproject.toml').read_text('utf-8')}"
     if not stamp.exists() or stamp.read_text("utf-8") != wanted:
         pip = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]

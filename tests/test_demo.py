@@ -15,11 +15,12 @@ import time
 import urllib.request
 import venv
 from configparser import ConfigParser
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import transaction
+from crash.storages import free_port
 from pyramid.paster import get_app
 from webtest import TestApp, Upload
 from ZODB.POSException import ConflictError
@@ -240,8 +241,7 @@ def test_first_command_needs_nothing_but_python():
 def test_first_command_serves_what_was_only_cloned(tmp_path):
     ignored = shutil.ignore_patterns(".git", ".venv", "*_cache", "__pycache__", "var")
     shutil.copytree(CHECKOUT, tmp_path / "clone", ignore=ignored)
-    with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        port = server.getsockname()[1]
+    port = free_ports()
     command = [sys.executable, "demo", "--port", str(port)]
     environment = {**os.environ, "HOME": str(tmp_path)}
     with subprocess.Popen(command, cwd=tmp_path / "clone", env=environment) as demo:
@@ -249,6 +249,14 @@ def test_first_command_serves_what_was_only_cloned(tmp_path):
             assert b"catalogue" in first_page(port, demo).lower()
         finally:
             demo.terminate()
+
+
+def free_ports():
+    """Return the first of two, as the demo uses them; the next may be a connection's."""
+    while True:
+        port = free_port()
+        with suppress(OSError), socket.create_server(("127.0.0.1", port + 1)):
+            return port
 
 
 def first_page(port, demo):
@@ -268,7 +276,7 @@ def first_page(port, demo):
 def test_first_commands_notice_that_the_python_of_their_environment_was_replaced(
     tmp_path, command, python
 ):
-    for file in (f"{command}/__main__.py", "pyproject.toml"):
+    for file in ("demo/__main__.py", "tests/__main__.py", "pyproject.toml"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         shutil.copy(CHECKOUT / file, tmp_path / file)
     # Another version looks for its packages, and so for pip, in another folder.
@@ -280,15 +288,22 @@ def test_first_commands_notice_that_the_python_of_their_environment_was_replaced
     installed = f"{tmp_path}\ntest,demo,lint\n{(CHECKOUT / 'pyproject.toml').read_text('utf-8')}"
     for stamp in ("demo-installed", "installed-for-tests"):
         (tmp_path / ".venv" / stamp).write_text(installed, "utf-8")
-    # Nothing is fetched: that it tries to install is enough.
-    environment = {**os.environ, "PIP_NO_INDEX": "1"}
-    run = subprocess.run(
-        [sys.executable, tmp_path / command], env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 1
-    assert "installing" in run.stdout.lower()
-    assert "Traceback" not in run.stderr
-    assert subprocess.run([own, "-I", "-c", "import pip"]).returncode == 0
+    # Whichever comes next finds nothing installed either.
+    for name in (command, "demo", "tests"):
+        run = try_to_install(tmp_path / name)
+        assert run.returncode == 1
+        assert "installing" in run.stdout.lower()
+        assert "Traceback" not in run.stderr
+        assert subprocess.run([own, "-I", "-c", "import pip"]).returncode == 0
+
+
+def try_to_install(folder):
+    """Start a first command, and let it fetch nothing: that it tries to is enough."""
+    command = [sys.executable, folder]
+    if folder.name == "demo":
+        command += ["--port", str(free_ports())]
+    environment = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 # -- searching -------------------------------------------------------------------------
