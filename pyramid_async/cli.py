@@ -198,6 +198,8 @@ def loaded(ini: str) -> Any:
             f"{ini}: another process has the database open ({error}); on a FileStorage stop it"
             " first, or use the operator's page"
         ) from None
+    except AsyncError as error:
+        raise CannotRun(f"{ini}: the application cannot be made: {error}") from error
     except Exception as error:
         raise CannotRun(f"{ini}: the application cannot be made: {error!r}") from error
 

@@ -522,6 +522,8 @@ class Check:
         try:
             if record.arguments is not None:
                 store.unpack(record.arguments, table)
+        except AsyncError as error:
+            return f"its arguments cannot be loaded: {error}"
         except Exception as error:
             return f"its arguments cannot be loaded: {error!r}"
         return None

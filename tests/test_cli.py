@@ -426,6 +426,14 @@ def test_application_that_cannot_be_used_is_told(tmp_path, capsys, content, text
     assert "Traceback" not in err
 
 
+def test_records_of_a_newer_format_are_told_in_words(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("pyramid_async.zodb.FORMAT", 0)
+    ini = write_ini(tmp_path, uri="memory://x")
+    code, _, err = pasync_with(ini, capsys, "list")
+    assert code == 2
+    assert ": the jobs of this database are in format 1, and this version" in err
+
+
 def test_database_of_a_running_server_is_left_alone(ini, pasync):
     with serving(ini):
         code, _, err = pasync("list")
