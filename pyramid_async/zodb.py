@@ -307,13 +307,15 @@ def find(reference: str) -> Any:
     return attrgetter(name)(import_module(module))
 
 
-def is_loadable(obj: Any) -> bool:
-    """Load a persistent object; say no if it is gone, or in a state of another version's."""
+def fault_of(obj: Any) -> str | None:
+    """Load a persistent object, and say what it is if that fails."""
     try:
         obj._p_activate()
-    except (POSKeyError, StateLoadError):
-        return False
-    return True
+    except POSKeyError:
+        return "lost object"
+    except StateLoadError:
+        return "record that this version cannot load"
+    return None
 
 
 @implementer(IJobTable)
@@ -343,8 +345,9 @@ class ZodbTable:
             record = self.root.finished[shard].get(sid)
         if not isinstance(record, JobRecord | None):
             raise BadRecord(sid, type(record).__name__)
-        if record is not None and not is_loadable(record):
-            raise BadRecord(sid, "lost object")
+        fault = None if record is None else fault_of(record)
+        if fault is not None:
+            raise BadRecord(sid, fault)
         return record
 
     def drop(self, sid: str) -> None:
@@ -370,7 +373,7 @@ class ZodbTable:
 
     def sign(self, process: str | None) -> Any:
         sign = self.root.signs.get(process)
-        return sign if sign is not None and is_loadable(sign) else None
+        return None if sign is None or fault_of(sign) else sign
 
     def signs(self) -> Iterator[tuple[str, Any]]:
         for process in self.root.signs:
