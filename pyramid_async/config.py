@@ -208,9 +208,10 @@ def refuse_late(registry: Any, scheduler: Scheduler) -> None:
     """Refuse what was configured when the scheduler had been made: it would go unheeded."""
     for name, value in settings_of(registry).items():
         if value != scheduler.settings[name]:
+            hint = ", or include 'pyramid_async.celery' first" if name == "executor" else ""
             raise ConfigurationError(
                 f"async.{name} was set after config.include('pyramid_async') was carried out: set"
-                " it before, or include 'pyramid_async.celery' first"
+                f" it before{hint}"
             )
     late = not scheduler.store.durable and databases(registry)
     if late and scheduler.settings["store"] == "auto":
