@@ -127,10 +127,14 @@ def messages(queue, url):
 
 @pytest.mark.parametrize("scheme", ["amqp", "redis"])
 @pytest.mark.parametrize("kind", ["closed", "black hole"])
-def test_no_request_waits_for_a_broker_that_is_away(scheme, kind, black_hole):
+def test_no_request_waits_for_a_broker_that_is_away(scheme, kind, black_hole, monkeypatch):
+    monkeypatch.setattr(bells, "BROKER_TIMEOUT", 60.0)
     port = black_hole if kind == "black hole" else free_port()
     with client(f"{scheme}://127.0.0.1:{port}//") as web:
-        assert quickest(lambda: web.start(echo)) < 1
+        for _ in range(5):
+            begun = time.monotonic()
+            web.start(echo)
+            assert time.monotonic() - begun < 30
 
 
 def quickest(call, times=5):
