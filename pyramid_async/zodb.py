@@ -376,8 +376,8 @@ class ZodbTable:
         return None if sign is None or fault_of(sign) else sign
 
     def signs(self) -> Iterator[tuple[str, Any]]:
-        for process in self.root.signs:
-            yield process, self.sign(process)
+        for process, sign in self.root.signs.items():
+            yield process, None if fault_of(sign) else sign
 
     def show_sign(self, process: str, sign: Any) -> None:
         self.root.signs[process] = sign
