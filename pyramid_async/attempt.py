@@ -31,7 +31,7 @@ from .interfaces import (
     OperationFailed,
 )
 from .jobs import ACCEPTED, DISMISSED, RUNNING, SUCCESSFUL, FileResult, JobRecord, name_of
-from .transactional import flush, mark, pending
+from .transactional import flush, manager_itself, mark, pending
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,8 @@ class Surroundings:
     connect: Any = None
 
     def __init__(self, tm: Any = None) -> None:
-        self.tm = transaction.manager.manager if tm is None else tm
+        # Not the proxy: what the function does in other threads would join their transactions.
+        self.tm = manager_itself(transaction.manager if tm is None else tm)
 
     def begin(self) -> None:
         # Nested @transactional functions join.

@@ -203,6 +203,16 @@ async def add_slowly(a, b):
     return a + b, current_job().sid
 
 
+async def count_up_in_a_thread(thing):
+    return await asyncio.to_thread(count_up, thing)
+
+
+async def checkpoint_in_a_thread(thing):
+    count_up(thing)
+    await asyncio.to_thread(current_job().checkpoint, 1)
+    raise ZeroDivisionError
+
+
 async def fail_slowly():
     await asyncio.sleep(0)
     raise ZeroDivisionError("slowly")
@@ -1257,6 +1267,21 @@ def test_async_function_runs_to_its_end_in_the_jobs_thread(web):
     sid = web.schedule(add_slowly, 1, 2)
     assert web.outcome(sid) == ((3, sid), None)
     assert str(web.fails(fail_slowly)) == "slowly"
+
+
+@with_zodb
+@pytest.mark.parametrize(
+    ("f", "error"),
+    [(count_up_in_a_thread, type(None)), (checkpoint_in_a_thread, ZeroDivisionError)],
+)
+def test_what_a_job_does_in_other_threads_is_committed_with_it(web, f, error):
+    web.make()
+
+    def schedule(request):
+        return request.scheduler.schedule(f, get_connection(request).root()["thing"])
+
+    assert type(web.outcome(web.do(schedule))[1]) is error
+    assert web.read(lambda root: root["thing"].count) == 1
 
 
 # -- options -------------------------------------------------------------------------------
