@@ -10,6 +10,8 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures.thread import _threads_queues
+from contextlib import suppress
 from typing import Any
 
 import transaction
@@ -200,6 +202,28 @@ _started: set[ThreadExecutor] = set()
 def stop_all() -> None:
     """Stop all executors, at exit."""
     stop_together(list(_started))
+
+
+def stop_before_pools() -> None:
+    """Stop all executors at exit, while Python's thread pools still work.
+
+    ``asyncio.to_thread`` raises after that, and would fail running jobs; and the exit waits for the
+    calls that are in it, which nobody would have told to stop.
+    """
+    # Where threads of the application outlive the main one jobs go on; `stop_all` comes after them.
+    if not any(map(_goes_on, threading.enumerate())):
+        stop_all()
+
+
+def _goes_on(thread: threading.Thread) -> bool:
+    pooled = thread in _threads_queues  # is told to end right after us
+    return not (thread.daemon or pooled or thread is threading.main_thread())
+
+
+# What is public, `atexit`, comes too late.  The last one registered is called first, and that of
+# the pools is registered by the import above.
+with suppress(RuntimeError):  # the process is about to end
+    threading._register_atexit(stop_before_pools)  # type: ignore[attr-defined]
 
 
 def stop_together(executors: list[ThreadExecutor]) -> None:

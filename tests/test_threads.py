@@ -842,7 +842,7 @@ def test_importing_starts_nothing():
 
 # A program that runs jobs; what it does then is added to it.
 PROGRAM = """
-    import os, signal, sys, threading, time, transaction
+    import asyncio, os, signal, sys, threading, time, transaction
     from pyramid_async import current_job
     from pyramid_async.scheduler import TransactionalScheduler
     from pyramid_async.threads import exit_on_sigterm
@@ -863,10 +863,18 @@ PROGRAM = """
             print(type(error).__name__, flush=True)
             raise
 
+    async def polite_in_a_pool():
+        await asyncio.to_thread(polite)
+
+    async def pooled():
+        begun.set()
+        while not scheduler.executor.stopped:
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(print, "works", flush=True)
+
     scheduler = TransactionalScheduler()
     scheduler.executor.shutdown_timeout = 0.5
-    job = {"idle": idle, "polite": polite}[sys.argv[1]]
-    scheduler.schedule(job)
+    scheduler.schedule(globals()[sys.argv[1]])
     transaction.commit()
     assert begun.wait(20)
     print("begun", flush=True)
@@ -875,7 +883,12 @@ PROGRAM = """
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("job", "printed"), [("idle", ["begun"]), ("polite", ["begun", "JobStopped"])]
+    ("job", "printed"),
+    [
+        ("idle", ["begun"]),
+        ("polite", ["begun", "JobStopped"]),
+        ("polite_in_a_pool", ["begun", "JobStopped"]),
+    ],
 )
 def test_interpreter_that_exits_is_not_held_by_jobs(job, printed):
     begun = time.monotonic()
@@ -883,6 +896,31 @@ def test_interpreter_that_exits_is_not_held_by_jobs(job, printed):
     assert run.stdout.split() == printed
     assert run.returncode == 0
     assert time.monotonic() - begun < 30  # the job itself would take twice as long
+
+
+@pytest.mark.slow
+def test_job_that_ends_while_the_process_stops_has_the_pools_of_python():
+    run = python(PROGRAM + "    scheduler.executor.shutdown_timeout = 20", "pooled")
+    assert run.stdout.split() == ["begun", "works"]
+
+
+@pytest.mark.slow
+def test_jobs_are_run_as_long_as_a_thread_of_the_application_goes_on():
+    run = python(
+        PROGRAM
+        + """
+    def go_on():
+        threading.main_thread().join(20)
+        done = threading.Event()
+        scheduler.schedule(done.set)
+        transaction.commit()
+        print("ran" if done.wait(20) else "lost", flush=True)
+
+    threading.Thread(target=go_on).start()
+    """,
+        "idle",
+    )
+    assert run.stdout.split() == ["begun", "ran"]
 
 
 @pytest.mark.slow
