@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import copy_context
 from functools import partial
 from secrets import token_hex
 from typing import Any
@@ -253,7 +254,10 @@ class Worker:
         job.record_read = False
         try:
             surroundings = self.surroundings()
-            self.attempt(job, self.store, surroundings, self.result_timeout, self.tell).run()
+            attempt = self.attempt(job, self.store, surroundings, self.result_timeout, self.tell)
+            # What the function sets in its thread (decimal's precision, what is bound for the log)
+            # would be the next job's.
+            copy_context().run(attempt.run)
         except BaseException as error:
             return self._end(job, error, conflicts, time.monotonic() - begun)
         return self._end(job, None, conflicts, 0.0)

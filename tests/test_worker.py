@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import decimal
 import gc
 import logging
 import threading
@@ -960,6 +961,22 @@ def test_exception_within_an_exception_keeps_no_frame_alive(one, key, how, unlog
     [local] = CALLS[key]
     assert local() is None
     assert type(one.result(sid)[1]) is type(how(KeyError()))
+
+
+def divide(precision=None):
+    if precision:
+        decimal.getcontext().prec = precision
+    return str(decimal.Decimal(1) / 3)
+
+
+def test_what_a_job_sets_in_its_context_is_not_the_next_ones(one):
+    def calculate():
+        for precision in (3, None):
+            values.append(one.result(one.run(divide, precision))[0])
+
+    values = []
+    together(calculate)  # in a thread of its own, as a worker is
+    assert values == ["0.333", "0.3333333333333333333333333333"]
 
 
 # -- groups of exceptions ------------------------------------------------------------------
