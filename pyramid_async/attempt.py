@@ -382,8 +382,9 @@ def run_body(f: Any, value: Any) -> Any:
     A generator that a function made elsewhere is a value like any other.
     """
     if isinstance(value, CoroutineType):
-        value = asyncio.run(value)
-    if inspect.isgeneratorfunction(f) or inspect.isasyncgenfunction(f):
+        return asyncio.run(value)
+    body = inspect.unwrap(f)  # of what a decorator made of it
+    if inspect.isgeneratorfunction(body) or inspect.isasyncgenfunction(body):
         raise TypeError(f"the body of {f!r} did not run: it makes a generator")
     return value
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import decimal
+import functools
 import gc
 import logging
 import threading
@@ -340,6 +341,19 @@ def lazy():
 
 async def lazy_and_asynchronous():
     yield "the body of another"
+
+
+def decorated(f):
+    @functools.wraps(f)
+    def call(*args):
+        return f(*args)
+
+    return call
+
+
+@decorated
+def lazy_and_decorated():
+    yield "the body of a third"
 
 
 def fail_for_the_user():
@@ -759,7 +773,7 @@ def test_result_that_cannot_be_kept_fails_its_job_and_leaves_no_effects(durable,
 
 
 @pytest.mark.parametrize("kind", ["ram", "zodb"])
-@pytest.mark.parametrize("f", [lazy, lazy_and_asynchronous])
+@pytest.mark.parametrize("f", [lazy, lazy_and_asynchronous, lazy_and_decorated])
 def test_function_whose_body_does_not_run_fails_its_job(db, kind, f):
     with process(kind, db) as one:
         failure = one.status(one.run(f)).failure
