@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from concurrent.futures.thread import _threads_queues
+from concurrent.futures import thread as pools
 from contextlib import suppress
 from typing import Any
 
@@ -216,14 +216,14 @@ def stop_before_pools() -> None:
 
 
 def _goes_on(thread: threading.Thread) -> bool:
-    pooled = thread in _threads_queues  # is told to end right after us
+    pooled = thread in getattr(pools, "_threads_queues", ())  # is told to end right after us
     return not (thread.daemon or pooled or thread is threading.main_thread())
 
 
 # What is public, `atexit`, comes too late.  The last one registered is called first, and that of
 # the pools is registered by the import above.
 with suppress(RuntimeError):  # the process is about to end
-    threading._register_atexit(stop_before_pools)  # type: ignore[attr-defined]
+    getattr(threading, "_register_atexit", atexit.register)(stop_before_pools)
 
 
 def stop_together(executors: list[ThreadExecutor]) -> None:

@@ -356,6 +356,19 @@ def lazy_and_decorated():
     yield "the body of a third"
 
 
+def run_to_its_end(f):
+    @functools.wraps(f)
+    def call(*args):
+        return list(f(*args))
+
+    return call
+
+
+@run_to_its_end
+def not_lazy():
+    yield "the body of a fourth"
+
+
 def fail_for_the_user():
     raise OperationFailed("This file is damaged.")
 
@@ -770,6 +783,10 @@ def test_result_that_cannot_be_kept_fails_its_job_and_leaves_no_effects(durable,
     assert isinstance(error, NotSchedulable)
     assert "cannot be stored" in str(error)
     assert CALLS[key] == [1]
+
+
+def test_generator_function_that_its_decorator_runs_is_a_function_like_any_other(one):
+    assert one.result(one.run(not_lazy)) == (["the body of a fourth"], None)
 
 
 @pytest.mark.parametrize("kind", ["ram", "zodb"])
