@@ -28,7 +28,7 @@ from .interfaces import AsyncError, IExecutor, IScheduler, JobNotFound
 from .jobs import FRESH, JobRecord, JobStatus
 from .recovery import Recovery
 from .scheduler import Scheduler
-from .transactional import transact
+from .transactional import manager_itself, transact
 
 # Seconds after which a pause gives up.
 PATIENCE = 30.0
@@ -264,7 +264,7 @@ class ManualExecutor:
         The thread's manager may be in the midst of the commit that woke the job.  *tm*: of
         another executor of this kind, which stands in place of this one.
         """
-        surroundings = self._surroundings(tm=tm or TransactionManager(explicit=True))
+        surroundings = self._surroundings(tm=tm or self._manager())
         finish = surroundings.end
 
         def finish_and_release() -> None:
@@ -273,6 +273,11 @@ class ManualExecutor:
 
         surroundings.end = finish_and_release
         return surroundings
+
+    def _manager(self) -> TransactionManager:
+        # Explicit or not, as in life: a job that commits by itself needs the same there.
+        usual = manager_itself(self._surroundings().tm)
+        return TransactionManager(explicit=usual.explicit)
 
 
 class InlineExecutor(ManualExecutor):

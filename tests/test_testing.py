@@ -7,7 +7,7 @@ import logging
 import re
 import textwrap
 import threading
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -61,6 +61,13 @@ def deposit(amount):
     return root()["balance"]
 
 
+def deposit_twice(amount):
+    """Commit by itself between the two, as `checkpoint` would."""
+    deposit(amount)
+    current_job().request.tm.commit()
+    return deposit(amount)
+
+
 def break_down(amount):
     deposit(amount)
     raise ZeroDivisionError
@@ -112,7 +119,7 @@ def deposit_in_sql():
     current_job().request.tm.get().join(Sql())
 
 
-JOBS = (deposit, break_down, break_down_at_first, count_down, deposit_in_sql)
+JOBS = (deposit, deposit_twice, break_down, break_down_at_first, count_down, deposit_in_sql)
 FUNCTIONS = {f.__name__: f for f in JOBS}
 
 
@@ -227,6 +234,18 @@ def test_inline_job_runs_where_the_request_has_the_transaction_of_the_thread(sto
     with application(store) as app, inline(app.app.registry):
         url = post(app, "deposit", 5)
         assert app.get(url).json["status"] == "successful"
+
+
+@pytest.mark.parametrize("executor", [nullcontext, inline])
+@pytest.mark.parametrize("settings", [{}, EXPLICIT])
+def test_inline_job_that_commits_by_itself_ends_as_with_threads(
+    store, executor, settings, wait_for
+):
+    with application(store, **settings) as app:
+        with executor(app.app.registry):
+            url = post(app, "deposit_twice", 5)
+            wait_for(lambda: app.get(url).json["done"])
+        assert app.get(url).json["status"] == ("failed" if settings else "successful")
 
 
 def test_inline_job_that_fails_leaves_no_effect_and_does_not_disturb_the_request(app, registry):
