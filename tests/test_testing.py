@@ -715,6 +715,21 @@ def test_fault_strikes_no_more_after_its_block(app, registry, wait_for):
     assert struck == []
 
 
+def test_pause_of_a_test_that_failed_holds_no_job_any_more(app, registry, wait_for):
+    def fail():
+        with faults(registry) as plan:
+            stop = Pause()
+            plan.at("commit", before=stop)
+            urls.append(post(app, "deposit", 5))
+            assert stop.reached.wait(5)
+            raise ZeroDivisionError  # before it opened the pause
+
+    urls = []
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    wait_for(lambda: app.get(urls[0]).json["done"], 10)
+
+
 def test_faults_let_a_transaction_have_savepoints(app, registry, scheduler):
     with manual(registry) as jobs, faults(registry):
         scheduler.schedule(deposit, 5)
