@@ -154,6 +154,7 @@ class Attempt:
         self.tell = tell  # as in `Worker`; called before the function is called for the first time
         self.unread: Exception | None = None  # what a load of an object raised
         self._watched: list[Any] = []  # connections
+        self._unwritten: list[Any] = []  # objects that changed where there was no transaction
 
     def run(self) -> None:
         """Call the function and commit effects, result and status together.
@@ -305,10 +306,14 @@ class Attempt:
         connection.setstate = partial(self._load, kind.setstate, connection)
         connection.get = partial(self._load, kind.get, connection)
         connection.get_connection = partial(self._connection, kind.get_connection, connection)
+        connection.register = partial(self._register, kind.register, connection)
 
     def _unwatch(self) -> None:
         for connection in self._watched:
             del connection.setstate, connection.get, connection.get_connection
+            del connection.register
+        for obj in self._unwritten:
+            obj._p_invalidate()
 
     def _connection(self, method: Any, connection: Any, name: str) -> Any:
         """Return the connection to another database, which is watched too."""
@@ -323,6 +328,15 @@ class Attempt:
             raise  # the function may expect it, and it tells the truth
         except Exception as error:
             self.unread = error
+            raise
+
+    def _register(self, method: Any, connection: Any, obj: Any) -> None:
+        try:
+            method(connection, obj)
+        except Exception:
+            # Mappings and trees have changed by now, and no abort knows of it: who gets the
+            # connection from its pool next would see that, and commit it some day.
+            self._unwritten.append(obj)
             raise
 
 

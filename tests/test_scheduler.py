@@ -30,7 +30,7 @@ from pyramid.response import Response
 from pyramid.threadlocal import get_current_registry, get_current_request
 from pyramid.threadlocal import manager as threadlocals
 from pyramid_zodbconn import get_connection
-from transaction.interfaces import DoomedTransaction, TransientError
+from transaction.interfaces import DoomedTransaction, NoTransaction, TransientError
 from webapp import GATES, Barrier, Policy, SqlSession, gate, special
 from webtest import TestApp
 from ZODB.MappingStorage import MappingStorage
@@ -1421,6 +1421,19 @@ def end_transaction(how, begins):
 def test_job_that_ends_its_transaction_by_itself_succeeds(web, how, begins):
     assert web.run(end_transaction, how, begins) == how
     assert web.read(lambda root: ("before" in root, "after" in root)) == (how == "commit", begins)
+
+
+def write_without_transaction():
+    request = current_job().request
+    root = get_connection(request).root()
+    request.tm.commit()
+    root["after"] = True
+
+
+def test_job_that_fails_for_want_of_a_transaction_leaves_no_effect(zodb):
+    """Not in the cache of its connection either, which a later request gets from the pool."""
+    assert isinstance(zodb.fails(write_without_transaction), NoTransaction)
+    assert zodb.read(lambda root: "after" not in root)
 
 
 def ruin_commit(key, how):
