@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import threading
+from asyncio import CancelledError
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,11 +25,14 @@ from ZODB.POSException import ConflictError
 from zope.interface import implementer
 
 from .attempt import Attempt, end_transaction
-from .interfaces import AsyncError, IExecutor, IScheduler, JobNotFound
+from .interfaces import AsyncError, IExecutor, IScheduler, JobInterrupted, JobNotFound
 from .jobs import FRESH, JobRecord, JobStatus
 from .recovery import Recovery
 from .scheduler import Scheduler
 from .transactional import manager_itself, transact
+
+# What ends a job that raises it, and nothing else.
+ORDINARY = (Exception, JobInterrupted, SystemExit, CancelledError)
 
 # Seconds after which a pause gives up.
 PATIENCE = 30.0
@@ -125,6 +129,7 @@ class ManualExecutor:
         self._lock = threading.Lock()
         self._turn = threading.RLock()  # of the thread that runs jobs
         self._runs = False
+        self._ending: BaseException | None = None  # what is to end the test
         self._reader = TransactionManager(explicit=True)
         self._surroundings = self.worker.surroundings
         self._undo = ExitStack()
@@ -134,6 +139,7 @@ class ManualExecutor:
         self._undo.callback(self._close)
         _replace(self._undo, self._scheduler, executor=self)
         _replace(self._undo, self.worker, surroundings=self._apart, later=self.later, keeps=True)
+        _replace(self._undo, self.worker, _fail=partial(self._fail, self.worker._fail))
         _replace(self._undo, self.store, clock=self.clock)
         # Without room its threads take nothing, nor does its recovery; and a scheduler that was
         # bound before, as `using` makes one, wakes it and not us.
@@ -149,8 +155,10 @@ class ManualExecutor:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: Any, *exc: object) -> None:
         self.restore()
+        if kind is None:
+            self._end_test()
 
     def _close(self) -> None:
         end_transaction(self._reader)
@@ -165,6 +173,7 @@ class ManualExecutor:
         is run after `advance`.
         """
         ran = {sid: self._status(sid) for sid in self._run_due()}
+        self._end_test()
         return [status for status in ran.values() if status is not None]
 
     def advance(self, seconds: float) -> None:
@@ -244,12 +253,27 @@ class ManualExecutor:
             self._runs = True
             try:
                 ran = {}
-                while (job := self._next()) is not None:
+                while self._ending is None and (job := self._next()) is not None:
                     self.worker.run(*job)
                     ran[job[0]] = True
                 return list(ran)
             finally:
                 self._runs = False
+
+    def _fail(self, fail: Callable[..., None], job: Any, error: BaseException, *args: Any) -> None:
+        """Let a job fail; note what met it because it runs in the thread of the test.
+
+        That is KeyboardInterrupt, a time limit's exception, `pytest.fail`.
+        """
+        fail(job, error, *args)
+        if not isinstance(error, ORDINARY):
+            self._ending = error
+
+    def _end_test(self) -> None:
+        """Raise what is to end the test: no sooner, for a hook's exceptions reach nobody."""
+        error, self._ending = self._ending, None
+        if error is not None:
+            raise error
 
     def _next(self) -> tuple[str, int | None] | None:
         with self._lock:
@@ -293,11 +317,11 @@ class InlineExecutor(ManualExecutor):
 
     def advance(self, seconds: float) -> None:
         super().advance(seconds)
-        self._run_due()
+        self.drain()
 
     def recover(self) -> None:
         super().recover()
-        self._run_due()
+        self.drain()
 
 
 # -- faults ----------------------------------------------------------------------------

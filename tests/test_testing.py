@@ -83,6 +83,14 @@ def rename(folder, name):
     folder.name = name
 
 
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def leave():
+    raise SystemExit
+
+
 def count_down(number):
     """Schedule itself again until it is at zero; note when it ends."""
     job = current_job()
@@ -119,7 +127,16 @@ def deposit_in_sql():
     current_job().request.tm.get().join(Sql())
 
 
-JOBS = (deposit, deposit_twice, break_down, break_down_at_first, count_down, deposit_in_sql)
+JOBS = (
+    deposit,
+    deposit_twice,
+    interrupt,
+    leave,
+    break_down,
+    break_down_at_first,
+    count_down,
+    deposit_in_sql,
+)
 FUNCTIONS = {f.__name__: f for f in JOBS}
 
 
@@ -314,6 +331,20 @@ def test_inline_jobs_of_several_threads_run_one_at_a_time(app, registry):
     assert data(app) == 3
 
 
+def test_what_interrupts_an_inline_job_ends_the_test(app, registry):
+    with pytest.raises(KeyboardInterrupt), inline(registry):
+        url = post(app, "interrupt")
+        post(app, "deposit", 5)
+    assert app.get(url).json["status"] == "failed"
+    assert data(app) is None
+
+
+def test_what_interrupts_an_inline_job_does_not_hide_the_test_s_own_error(app, registry):
+    with pytest.raises(ZeroDivisionError), inline(registry):
+        post(app, "interrupt")
+        raise ZeroDivisionError
+
+
 # -- manual --------------------------------------------------------------------------------
 
 
@@ -342,6 +373,22 @@ def test_drain_tells_why_a_job_failed(app, registry):
         post(app, "break_down", 5)
         (job,) = jobs.drain()
     assert (job.status, job.failure.class_name) == ("failed", "ZeroDivisionError")
+
+
+def test_what_interrupts_a_job_ends_drain(app, registry):
+    with manual(registry) as jobs:
+        url = post(app, "interrupt")
+        post(app, "deposit", 5)
+        with pytest.raises(KeyboardInterrupt):
+            jobs.drain()
+        assert app.get(url).json["status"] == "failed"
+        assert statuses(jobs.drain()) == ["successful"]
+
+
+def test_job_that_exits_fails_as_with_threads(app, registry):
+    with manual(registry) as jobs:
+        post(app, "leave")
+        assert statuses(jobs.drain()) == ["failed"]
 
 
 def test_drain_has_nothing_to_tell_of_a_job_that_was_removed(app, registry, scheduler):
