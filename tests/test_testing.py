@@ -618,6 +618,14 @@ def test_manual_runs_the_jobs_of_a_process_that_runs_none_itself(store):
         assert statuses(jobs.drain()) == ["successful"]
 
 
+def test_application_over_celery_is_tested_without_a_broker():
+    pytest.importorskip("celery")
+    nobody = {"async.executor": "celery", "async.celery.broker": "amqp://127.0.0.1:1//"}
+    with application("zodb", **nobody) as app, inline(app.app.registry):
+        url = post(app, "deposit", 5, options={"queue": "slow"})
+        assert app.get(url).json["result"] == 5
+
+
 def test_scheduler_without_pyramid_can_be_inline_and_manual():
     scheduler = TransactionalScheduler()
     calls = []
