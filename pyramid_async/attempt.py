@@ -310,8 +310,7 @@ class Attempt:
 
     def _unwatch(self) -> None:
         for connection in self._watched:
-            del connection.setstate, connection.get, connection.get_connection
-            del connection.register
+            del connection.setstate, connection.get, connection.get_connection, connection.register
         for obj in self._unwritten:
             obj._p_invalidate()
 

@@ -436,44 +436,39 @@ def test_job_that_ends_in_time_is_not_disturbed(db, key):
         assert one.result(sid) == (1, None)
 
 
-@both_stores
-def test_job_that_ends_in_the_time_it_is_given_is_not_run_again(db, key, at, kind):
-    with process(kind, db, workers=1) as one:
-        sid = one.schedule(count_at_gate, ROOT, at, key)
-        GATES[at].reach()
-        tell = one.executor.tell
-
-        def tell_and_let_it_end():
-            tell()
-            GATES[at].opened.set()
-
-        one.executor.tell = tell_and_let_it_end
-        one.executor.stop(10)
-        assert (one.status(sid).status, CALLS[key]) == ("successful", [1])
-        assert one.root(lambda root: root["n"]) == 1
-
-
 def count_and_swallow_the_word(root, name, key):
     count_at_gate(root, name, key)
     with suppress(BaseException):  # as ``asyncio.gather(…, return_exceptions=True)`` does
         current_job().progress(1, 2)
 
 
+def stopped_while_it_runs(one, f, at, key):
+    """Stop with a job at the gate, which opens once the job is told; return the job's status."""
+    sid = one.schedule(f, ROOT, at, key)
+    GATES[at].reach()
+    tell = one.executor.tell
+
+    def tell_and_let_it_end():
+        tell()
+        GATES[at].opened.set()
+
+    one.executor.tell = tell_and_let_it_end
+    one.executor.stop(10)
+    assert CALLS[key] == [1]
+    return one.status(sid).status
+
+
 @both_stores
-def test_job_that_swallows_the_word_to_stop_is_not_kept_half_done(db, key, at, kind):
+@pytest.mark.parametrize(
+    ("f", "status", "count"),
+    [(count_at_gate, "successful", 1), (count_and_swallow_the_word, "accepted", None)],
+)
+def test_job_that_ends_in_the_time_it_is_given_is_kept_if_it_is_whole(
+    db, key, at, kind, f, status, count
+):
     with process(kind, db, workers=1) as one:
-        sid = one.schedule(count_and_swallow_the_word, ROOT, at, key)
-        GATES[at].reach()
-        tell = one.executor.tell
-
-        def tell_and_let_it_end():
-            tell()
-            GATES[at].opened.set()
-
-        one.executor.tell = tell_and_let_it_end
-        one.executor.stop(10)
-        assert (one.status(sid).status, CALLS[key]) == ("accepted", [1])
-        assert one.root(lambda root: root.get("n")) is None
+        assert stopped_while_it_runs(one, f, at, key) == status
+        assert one.root(lambda root: root.get("n")) == count
 
 
 def test_stop_takes_no_longer_than_its_time_when_a_job_never_ends(db, at, caplog):
