@@ -100,7 +100,9 @@ class Worker:
             return True  # another thread has it: a doubled wake-up
         try:
             if seen == FRESH or self._claim(job, seen):
-                self._run(job)
+                # What the job sets in its thread (decimal's precision, what is bound for the log)
+                # would be the next job's; a subscriber's is there until the end is told.
+                copy_context().run(self._run, job)
         except NotOurs:
             return False
         except Exception:
@@ -255,9 +257,7 @@ class Worker:
         try:
             surroundings = self.surroundings()
             attempt = self.attempt(job, self.store, surroundings, self.result_timeout, self.tell)
-            # What the function sets in its thread (decimal's precision, what is bound for the log)
-            # would be the next job's.
-            copy_context().run(attempt.run)
+            attempt.run()
         except BaseException as error:
             return self._end(job, error, conflicts, time.monotonic() - begun)
         return self._end(job, None, conflicts, 0.0)

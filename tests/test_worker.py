@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import decimal
 import functools
 import gc
@@ -1008,6 +1009,33 @@ def test_what_a_job_sets_in_its_context_is_not_the_next_ones(one):
     values = []
     together(calculate)  # in a thread of its own, as a worker is
     assert values == ["0.333", "0.3333333333333333333333333333"]
+
+
+BOUND = contextvars.ContextVar("BOUND", default=None)
+
+
+def conflict_and_look(key):
+    note(key, BOUND.get())
+    if len(CALLS[key]) == 1:
+        raise ConflictError("injected")
+
+
+def test_what_a_subscriber_sets_at_the_start_of_a_job_is_there_until_its_end(one, key):
+    """As who binds the job's id for the log, or begins a span, and ends it, does."""
+    tokens = []
+
+    def tell(sid, status):
+        if status == "running":
+            tokens.append(BOUND.set(sid))
+        elif status == "successful":
+            note(key, BOUND.get())
+            BOUND.reset(tokens.pop())
+            tokens.append(BOUND.get())
+
+    one.worker.notify = tell
+    sid = one.run(conflict_and_look, key)
+    assert CALLS[key] == [sid, sid, sid]
+    assert tokens == [None]
 
 
 # -- groups of exceptions ------------------------------------------------------------------
