@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import process as process_pools
 from concurrent.futures import thread as pools
 from contextlib import suppress
 from typing import Any
@@ -205,7 +206,7 @@ def stop_all() -> None:
 
 
 def stop_before_pools() -> None:
-    """Stop all executors at exit, while Python's thread pools still work.
+    """Stop all executors at exit, while Python's pools of threads and processes still work.
 
     ``asyncio.to_thread`` raises after that, and would fail running jobs; and the exit waits for the
     calls that are in it, which nobody would have told to stop.
@@ -216,12 +217,19 @@ def stop_before_pools() -> None:
 
 
 def _goes_on(thread: threading.Thread) -> bool:
-    pooled = thread in getattr(pools, "_threads_queues", ())  # is told to end right after us
+    pooled = any(thread in threads for threads in _pooled)  # is told to end right after us
     return not (thread.daemon or pooled or thread is threading.main_thread())
 
 
-# What is public, `atexit`, comes too late.  The last one registered is called first, and that of
-# the pools is registered by the import above.
+# The threads of Python's pools: those that work, and those that manage processes.
+_pooled: list[Any] = [
+    getattr(pools, "_threads_queues", ()),
+    getattr(process_pools, "_threads_wakeups", ()),
+]
+
+
+# What is public, `atexit`, comes too late.  The last one registered is called first, and those of
+# the pools are registered by the imports above.
 with suppress(RuntimeError):  # the process is about to end
     getattr(threading, "_register_atexit", atexit.register)(stop_before_pools)
 

@@ -900,6 +900,39 @@ def test_job_that_ends_while_the_process_stops_has_the_pools_of_python():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("imported", ["concurrent.futures.process", "pyramid_async.threads"])
+def test_job_that_ends_while_the_process_stops_has_the_processes_of_a_pool(imported):
+    """Whichever is imported first; the thread that manages them is no daemon."""
+    run = python(
+        f"""
+    import {imported}
+    """
+        + PROGRAM.replace(
+            "    scheduler.schedule(",
+            """
+    async def in_processes():
+        begun.set()
+        while not scheduler.executor.stopped:
+            await asyncio.sleep(0.01)
+        loop = asyncio.get_running_loop()
+        print(await loop.run_in_executor(processes, abs, -1), flush=True)
+
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+
+    threads = ThreadPoolExecutor(1)  # the application's own: no daemons either
+    threads.submit(abs, 1)
+    processes = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    processes.submit(abs, 1).result(20)
+    scheduler.executor.shutdown_timeout = 20
+    scheduler.schedule(""",
+        ),
+        "in_processes",
+    )
+    assert run.stdout.split() == ["begun", "1"]
+
+
+@pytest.mark.slow
 def test_jobs_are_run_as_long_as_a_thread_of_the_application_goes_on():
     run = python(
         PROGRAM
