@@ -254,11 +254,17 @@ class ManualExecutor:
             try:
                 ran = {}
                 while self._ending is None and (job := self._next()) is not None:
-                    self.worker.run(*job)
+                    self._run(*job)
                     ran[job[0]] = True
                 return list(ran)
             finally:
                 self._runs = False
+
+    def _run(self, sid: str, seen: int | None) -> None:
+        try:
+            self.worker.run(sid, seen)
+        except BaseException as error:  # which met it in the pause after a conflict, say
+            self._ending = error
 
     def _fail(self, fail: Callable[..., None], job: Any, error: BaseException, *args: Any) -> None:
         """Let a job fail; note what met it because it runs in the thread of the test.

@@ -339,6 +339,16 @@ def test_what_interrupts_an_inline_job_ends_the_test(app, registry):
     assert data(app) is None
 
 
+def test_what_interrupts_the_pause_after_a_conflict_ends_the_test(app, registry, monkeypatch):
+    """A job that always conflicts stands there most of the time."""
+    with pytest.raises(KeyboardInterrupt), inline(registry), faults(registry) as plan:
+        plan.at("commit", before=conflict)
+        monkeypatch.setattr("pyramid_async.worker.time.sleep", lambda seconds: interrupt())
+        post(app, "deposit", 5)
+        monkeypatch.undo()
+    assert data(app) is None
+
+
 def test_what_interrupts_an_inline_job_does_not_hide_the_test_s_own_error(app, registry):
     with pytest.raises(ZeroDivisionError), inline(registry):
         post(app, "interrupt")
