@@ -7,6 +7,7 @@ import logging
 import re
 import textwrap
 import threading
+from asyncio import CancelledError
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from webtest import TestApp
 from zope.interface.verify import verifyObject
 
 from pyramid_async import IJobFinished, IScheduler, JobNotFound, current_job
-from pyramid_async.interfaces import IExecutor, InvalidTransition
+from pyramid_async.interfaces import IExecutor, InvalidTransition, JobTimeout
 from pyramid_async.scheduler import TransactionalScheduler
 from pyramid_async.testing import (
     Pause,
@@ -91,6 +92,14 @@ def leave():
     raise SystemExit
 
 
+def give_up():
+    raise CancelledError
+
+
+def run_out_of_time():
+    raise JobTimeout
+
+
 def count_down(number):
     """Schedule itself again until it is at zero; note when it ends."""
     job = current_job()
@@ -132,6 +141,8 @@ JOBS = (
     deposit_twice,
     interrupt,
     leave,
+    give_up,
+    run_out_of_time,
     break_down,
     break_down_at_first,
     count_down,
@@ -395,9 +406,10 @@ def test_what_interrupts_a_job_ends_drain(app, registry):
         assert statuses(jobs.drain()) == ["successful"]
 
 
-def test_job_that_exits_fails_as_with_threads(app, registry):
+@pytest.mark.parametrize("name", ["leave", "give_up", "run_out_of_time"])
+def test_job_that_exits_fails_as_with_threads(app, registry, name):
     with manual(registry) as jobs:
-        post(app, "leave")
+        post(app, name)
         assert statuses(jobs.drain()) == ["failed"]
 
 
