@@ -396,9 +396,8 @@ def run_body(f: Any, value: Any) -> Any:
     """
     if isinstance(value, CoroutineType):
         return asyncio.run(value)
-    body = inspect.unwrap(f)  # a decorator may have run it to its end
-    lazy = inspect.isgeneratorfunction(body) or inspect.isasyncgenfunction(body)
-    if lazy and isinstance(value, GeneratorType | AsyncGeneratorType):
+    body = inspect.unwrap(f)  # of what a decorator made of it
+    if inspect.isgeneratorfunction(body) or inspect.isasyncgenfunction(body):
         raise TypeError(f"the body of {f!r} did not run: it makes a generator")
     return value
 
