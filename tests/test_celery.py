@@ -243,16 +243,25 @@ def test_a_job_is_run_once_however_often_its_bell_rings(broker):
         assert record.attempts == 1
 
 
-def test_a_look_leaves_alone_what_runs_in_its_own_process(broker):
-    with client(broker) as web, gate() as at:
-        executor = web.scheduler.executor
+@contextmanager
+def running_behind_gate(web):
+    """A job that a thread of its own runs up to a gate; the gate opens at the end.  Its sid."""
+    with gate() as at:
         sid = web.url(webapp.behind_gate, at, "done").rpartition("/")[2]
-        thread = threading.Thread(target=executor.answer, args=(sid, True))
+        thread = threading.Thread(target=web.scheduler.executor.answer, args=(sid, True))
         thread.start()
         GATES[at].reach()
-        executor.recovery.look()
-        GATES[at].opened.set()
-        thread.join(PATIENCE)
+        try:
+            yield sid
+        finally:
+            GATES[at].opened.set()
+            thread.join(PATIENCE)
+
+
+def test_a_look_leaves_alone_what_runs_in_its_own_process(broker):
+    with client(broker) as web:
+        with running_behind_gate(web) as sid:
+            web.scheduler.executor.recovery.look()
         status = web.scheduler.transact(lambda s: s.status(sid))
     assert (status.status, status.attempts) == ("successful", 1)
 
@@ -269,17 +278,12 @@ def test_what_a_job_leaves_in_the_threads_transaction_is_not_the_next_ones(broke
 
 
 def test_a_stop_gives_back_what_still_runs(broker):
-    with client(broker) as web, gate() as at:
+    with client(broker) as web:
         executor = web.scheduler.executor
-        sid = web.url(webapp.behind_gate, at, "done").rpartition("/")[2]
-        thread = threading.Thread(target=executor.answer, args=(sid, True))
-        thread.start()
-        GATES[at].reach()
-        assert web.scheduler.transact(lambda s: s.status(sid).attempts) == 1
-        executor.stop(0.05)
-        status = web.scheduler.transact(lambda s: s.status(sid))
-        GATES[at].opened.set()
-        thread.join(PATIENCE)
+        with running_behind_gate(web) as sid:
+            assert web.scheduler.transact(lambda s: s.status(sid).attempts) == 1
+            executor.stop(0.05)
+            status = web.scheduler.transact(lambda s: s.status(sid))
         assert web.scheduler.transact(lambda s: s.completed(sid)) is False
     assert (status.attempts, executor.suspended) == (0, False)
 
