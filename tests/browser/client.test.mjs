@@ -740,6 +740,24 @@ test("a cancel that fails says so and may be repeated", LIMIT, async () => {
   await until(async () => (await shown.text("status")) === "Cancelled");
 });
 
+/** What the element says of the job /async/pretended until its end; it may cancel at each change. */
+function heard(page, { cancels = false } = {}) {
+  return page.evaluate(
+    (cancels) =>
+      new Promise((resolve) => {
+        const job = document.createElement("async-job");
+        const said = [];
+        const status = job.shadowRoot.querySelector("[role=status]");
+        new MutationObserver(() => said.push(status.textContent)).observe(status, { childList: true });
+        if (cancels) job.addEventListener("jobchange", () => (globalThis.cancelled = job.cancel()));
+        job.addEventListener("jobdone", () => queueMicrotask(() => resolve(said)));
+        job.src = "/async/pretended";
+        document.querySelector("main").append(job);
+      }),
+    cancels,
+  );
+}
+
 test("a cancel that fails is said until the status changes, and anew when it fails again", LIMIT, async () => {
   const { page } = await visit();
   const documents = [{}, {}, { status: "successful", done: true }];
@@ -748,19 +766,7 @@ test("a cancel that fails is said until the status changes, and anew when it fai
     await page.evaluate(() => globalThis.cancelled);
     return told(route, documents.shift());
   });
-  const said = await page.evaluate(
-    () =>
-      new Promise((resolve) => {
-        const job = document.createElement("async-job");
-        const said = [];
-        const status = job.shadowRoot.querySelector("[role=status]");
-        new MutationObserver(() => said.push(status.textContent)).observe(status, { childList: true });
-        job.addEventListener("jobchange", () => (globalThis.cancelled = job.cancel()));
-        job.addEventListener("jobdone", () => queueMicrotask(() => resolve(said)));
-        job.src = "/async/pretended";
-        document.querySelector("main").append(job);
-      }),
-  );
+  const said = await heard(page, { cancels: true });
   const refused = "It could not be cancelled. Try again.";
   assert.deepEqual(said, ["Running", refused, "", refused, "Finished"]);
 });
@@ -782,18 +788,7 @@ test("a request that is cut is not said and a server that stays away is", LIMIT,
     const job = documents.shift();
     return job ? told(route, job) : route.abort();
   });
-  const said = await page.evaluate(
-    () =>
-      new Promise((resolve) => {
-        const job = document.createElement("async-job");
-        const said = [];
-        const status = job.shadowRoot.querySelector("[role=status]");
-        new MutationObserver(() => said.push(status.textContent)).observe(status, { childList: true });
-        job.addEventListener("jobdone", () => queueMicrotask(() => resolve(said)));
-        job.src = "/async/pretended";
-        document.querySelector("main").append(job);
-      }),
-  );
+  const said = await heard(page);
   assert.deepEqual(said, ["Running", "The server does not answer. Trying again.", "Finished"]);
 });
 
