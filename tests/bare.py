@@ -140,6 +140,7 @@ class Process:
 
     def run(self, f, *args, **options):
         """Schedule a job, run it in this very thread and return its sid."""
+        assert not self.executor.workers  # whoever is first has it
         sid = self.schedule(f, *args, **options)
         self.worker.run(sid)
         return sid

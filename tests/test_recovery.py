@@ -1134,7 +1134,8 @@ def test_job_may_ask_for_others_where_a_sign_cannot_be_read(machines, key):
     nobodys = one.plant(note, key)
     one.record(nobodys, holder=None)
     ASKED[key] = one.scheduler
-    sid = one.run(ask_for_jobs, key)
+    sid = one.schedule(ask_for_jobs, key)
+    one.wait(sid)
     assert one.result(sid) == ([nobodys], None)
 
 
