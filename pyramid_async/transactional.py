@@ -123,16 +123,14 @@ class TransactionManager:
         *,
         manager: Any = None,
     ) -> None:
-        if retry_number is not None:
-            self.retry_number = retry_number
-        if retry_initial_delay is not None:
-            self.retry_initial_delay = retry_initial_delay
-        if retry_delay_factor is not None:
-            self.retry_delay_factor = retry_delay_factor
-        if debug is not None:
-            self.debug = debug
-        if manager is not None:
-            self.manager = manager
+        given = {
+            "retry_number": retry_number,
+            "retry_initial_delay": retry_initial_delay,
+            "retry_delay_factor": retry_delay_factor,
+            "debug": debug,
+            "manager": manager,
+        }
+        vars(self).update((name, value) for name, value in given.items() if value is not None)
 
     def get_user_info(self) -> tuple[str, ...] | None:
         """Return None, or name and path of the user for the transaction; to be overridden."""
