@@ -137,12 +137,7 @@ class Kept:
 
 def connections_of(tm: Any, db: Any) -> list[Any]:
     """Return the open connections to a database that take part in a manager's transactions."""
-    found: list[Any] = []
-
-    def note(synchronizer: Any) -> None:
-        if isinstance(synchronizer, Connection) and synchronizer.db() is db:
-            found.append(synchronizer)
-
     # Every open connection is a synchronizer of its manager; nothing public lists them.
-    tm._synchs.map(note)
-    return [connection for connection in found if connection.opened is not None]
+    known = (weak() for weak in tm._synchs.as_weakref_list())
+    ours = (c for c in known if isinstance(c, Connection) and c.db() is db)
+    return [connection for connection in ours if connection.opened is not None]
