@@ -123,7 +123,6 @@ class CeleryExecutor:
         self.recovery: Any = None  # set once made
         self.stopped = False
         self.suspended = False
-        self.unbegun = 0
         self.renewed = False  # this process of a pool ends, for it has had its number of tasks
         self.ends = False  # no more jobs are begun, and the present ones are told
         self.held = worker.running  # nothing waits here
@@ -167,7 +166,7 @@ class CeleryExecutor:
         """
         if seen is None:
             if not self.bells.rung(sid):
-                self._ring(sid, queue, AGAIN, self.unbegun)
+                self._ring(sid, queue, AGAIN, self.recovery.unbegun)
         elif seen == FRESH:
             self._ring(sid, queue or self._queue_of(sid), AGAIN)
         elif self.worker.free(sid, seen):

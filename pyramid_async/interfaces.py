@@ -380,7 +380,6 @@ class IExecutor(Interface):
     grace = Attribute("Seconds that recovery leaves a job alone which nobody holds.")
     stopped = Attribute("True once it was told to stop.")
     suspended = Attribute("True while no jobs are to be taken; set by recovery.")
-    unbegun = Attribute("How many due jobs were nobody's at the last look; set by recovery.")
     workers = Attribute("How many jobs may run in this process at one time.")
     max_pending = Attribute("How many jobs may wait in this process, for a worker or their time.")
 

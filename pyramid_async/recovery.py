@@ -94,7 +94,8 @@ class Recovery:
         self._unlisted_before = self._unlisted  # in the look before
         self._bad: set[str] = set()  # sids whose record could not be read in this look
         self._bad_before = self._bad  # in the look before
-        self._unbegun = 0  # jobs that are due and nobody's, in this look
+        self.unbegun = 0  # jobs that were due and nobody's in the last look
+        self._unbegun = 0  # in this look
         self._stray: set[str] = set()  # sids with a timer that this look did not find to wait
         self._beating = False
         self._listed: set[str | None] = set()  # signatures in our last sign of life
@@ -372,7 +373,7 @@ class Recovery:
                 ended[sid] = age
             if number % AT_ONCE == 0:
                 self._goes_on()
-        self.executor.unbegun = self._unbegun
+        self.unbegun = self._unbegun
         return ended
 
     def _inspect(self, sid: str, record: Any, table: Any, now: float) -> float | None:

@@ -107,7 +107,6 @@ class ManualExecutor:
     grace = 0.0
     stopped = False
     suspended = False
-    unbegun = 0
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.worker = scheduler.worker

@@ -36,7 +36,6 @@ class ThreadExecutor:
     """
 
     grace = 0.0  # seconds that recovery leaves a job alone which nobody holds
-    unbegun = 0
 
     def __init__(
         self,

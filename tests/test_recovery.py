@@ -223,26 +223,26 @@ def plant_ahead(machines, seconds, key):
     return other.plant(note, key)
 
 
-def test_executor_is_told_how_many_due_jobs_are_nobodys(machines, key, at):
+def test_look_counts_the_due_jobs_that_are_nobodys(machines, key, at):
     one, other = machines.process(workers=0), machines.process()
     one.executor.grace = 5.0
     with unclaimed(other, key, at):  # it is nobody's until it is shown
         one.recovery.look()
-        assert one.executor.unbegun == 1
+        assert one.recovery.unbegun == 1
         other.recovery.beat()
         one.recovery.look()
-        assert one.executor.unbegun == 0
+        assert one.recovery.unbegun == 0
         waiting = [other.plant(note, key) for _ in range(3)]  # in the broker's queue
         other.plant(note, key, run_after=60)
         other.cancel(other.plant(note, key))
         other.die(other.plant(note, key))
         one.plant(note, key)  # in its own queue
         one.recovery.look()
-        assert one.executor.unbegun == len(waiting)
+        assert one.recovery.unbegun == len(waiting)
         machines.pass_time(60)
         other.recovery.beat()
         one.recovery.look()
-        assert one.executor.unbegun == len(waiting) + 1
+        assert one.recovery.unbegun == len(waiting) + 1
 
 
 def test_job_of_this_process_that_is_to_wait_gets_a_timer(machines, key):
