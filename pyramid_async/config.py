@@ -28,9 +28,8 @@ from .interfaces import (
 )
 from .jobs import ACCEPTED, DISMISSED, FAILED, RUNNING, SUCCESSFUL, check_options
 from .ram import RamStore
-from .recovery import Recovery
 from .requests import RequestSurroundings, origin_of
-from .scheduler import Caller, Operation, RequestIds, Scheduler
+from .scheduler import Caller, Operation, RequestIds, Scheduler, add_recovery
 from .settings import BadSetting, read_settings
 from .threads import ThreadExecutor, exit_on_sigterm
 from .waiting import note_transaction
@@ -130,14 +129,12 @@ def make_executor(registry: Any, worker: Worker, settings: dict[str, Any]) -> An
             " include 'pyramid_async.celery'"
         )
     executor = (make or thread_executor)(worker, settings)
-    executor.recovery = Recovery(
-        worker.store,
+    add_recovery(
         executor,
         heartbeat=settings["heartbeat"],
         lease=settings["lease"],
         interval=settings["maintenance_interval"],
     )
-    worker.later = executor.recovery.later
     return executor
 
 

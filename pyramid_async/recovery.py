@@ -63,7 +63,6 @@ class Recovery:
 
     def __init__(
         self,
-        store: Any,
         executor: Any,
         *,
         heartbeat: float = 10.0,
@@ -71,9 +70,9 @@ class Recovery:
         interval: float = 5.0,
         monotonic: Any = time.monotonic,
     ) -> None:
-        self.store = store
         self.executor = executor
         self.worker = executor.worker
+        self.store = self.worker.store
         self.heartbeat = heartbeat
         self.lease = lease
         self.interval = interval

@@ -502,9 +502,14 @@ class PersistentTransactionalScheduler(Persistent):
 
 def executor_for(worker: Worker, workers: int) -> ThreadExecutor:
     executor = ThreadExecutor(worker, workers)
-    executor.recovery = Recovery(worker.store, executor)
-    worker.later = executor.recovery.later
+    add_recovery(executor)
     return executor
+
+
+def add_recovery(executor: Any, **times: float) -> None:
+    """Give an executor its recovery, which also wakes the jobs that its worker puts off."""
+    executor.recovery = Recovery(executor, **times)
+    executor.worker.later = executor.recovery.later
 
 
 def stop_before_close(db: Any) -> None:

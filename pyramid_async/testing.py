@@ -115,7 +115,6 @@ class ManualExecutor:
         self.clock = Clock(self.store.clock)
         times = self.previous.recovery
         self.recovery = Recovery(
-            self.store,
             self,
             heartbeat=times.heartbeat,
             lease=times.lease,

@@ -84,7 +84,7 @@ class Process:
         self.worker = Worker(store, notify=self._notify, **options)
         self.executor = ThreadExecutor(self.worker, workers)
         self.worker.keeps = True
-        self.recovery = Recovery(store, self.executor, lease=lease, monotonic=monotonic)
+        self.recovery = Recovery(self.executor, lease=lease, monotonic=monotonic)
         self.executor.recovery = Still()
         self.worker.later = self.recovery.later
         self.scheduler = Scheduler(self.worker, self.executor)
