@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from secrets import token_hex
 from typing import Any, NoReturn, Self
+from unittest.mock import patch
 
 from transaction import TransactionManager
 from transaction.interfaces import TransientError
@@ -54,12 +55,7 @@ def _scheduler(where: Any) -> Scheduler:
 
 def _replace(undo: ExitStack, owner: Any, **attributes: Any) -> None:
     """Set attributes of an object until *undo* is closed."""
-    for name, value in attributes.items():
-        if name in vars(owner):
-            undo.callback(setattr, owner, name, vars(owner)[name])
-        else:
-            undo.callback(delattr, owner, name)
-        setattr(owner, name, value)
+    undo.enter_context(patch.multiple(owner, **attributes))
 
 
 # -- executors -------------------------------------------------------------------------
