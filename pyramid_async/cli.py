@@ -84,9 +84,35 @@ def discard_output() -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="pasync", description=__doc__, epilog=EPILOG)
     parser.add_argument("ini", help="the application's ini file, or file#section")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_list, add_show, add_cancel, add_retry, add_purge, add_check, add_processes):
-        add(partial(add_command, commands))
+    add = partial(add_command, parser.add_subparsers(required=True, metavar="COMMAND"))
+
+    command = add("list", list_jobs, "List jobs: unfinished ones, then the last finished first.")
+    add_statuses(command, STATUSES)
+    command.add_argument("--text", default="", help="a part of title, user, function, error, ...")
+    command.add_argument("--limit", type=count, default=50, help="how many at most (50)")
+    command.add_argument("--cursor", help="where the list before ended")
+
+    command = add("show", show, "Show all that is known of a job.")
+    command.add_argument("sid", metavar="SID")
+
+    command = add("cancel", cancel, "Dismiss jobs: none of their effects will be seen.")
+    command.add_argument("sids", nargs="+", metavar="SID")
+
+    command = add("retry", retry, "Schedule failed jobs again, as new jobs.")
+    command.add_argument("sids", nargs="+", metavar="SID")
+
+    command = add("purge", purge, "Remove finished jobs before they expire.")
+    command.add_argument(
+        "--older-than",
+        type=duration,
+        required=True,
+        metavar="TIME",
+        help="since they finished: seconds, or a number with s, m, h or d",
+    )
+    add_statuses(command, FINAL)
+
+    add("check", check, "Tell what is inconsistent or stuck.")
+    add("processes", processes, "List the processes that hold jobs.")
     return parser.parse_args(argv)
 
 
@@ -95,49 +121,6 @@ def add_command(commands: Any, name: str, command: Callable[..., int], text: str
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     parser.set_defaults(command=command)
     return parser
-
-
-def add_list(add: Any) -> None:
-    parser = add("list", list_jobs, "List jobs: unfinished ones, then the last finished first.")
-    add_statuses(parser, STATUSES)
-    parser.add_argument("--text", default="", help="a part of title, user, function, error, ...")
-    parser.add_argument("--limit", type=count, default=50, help="how many at most (50)")
-    parser.add_argument("--cursor", help="where the list before ended")
-
-
-def add_show(add: Any) -> None:
-    parser = add("show", show, "Show all that is known of a job.")
-    parser.add_argument("sid", metavar="SID")
-
-
-def add_cancel(add: Any) -> None:
-    parser = add("cancel", cancel, "Dismiss jobs: none of their effects will be seen.")
-    parser.add_argument("sids", nargs="+", metavar="SID")
-
-
-def add_retry(add: Any) -> None:
-    parser = add("retry", retry, "Schedule failed jobs again, as new jobs.")
-    parser.add_argument("sids", nargs="+", metavar="SID")
-
-
-def add_purge(add: Any) -> None:
-    parser = add("purge", purge, "Remove finished jobs before they expire.")
-    parser.add_argument(
-        "--older-than",
-        type=duration,
-        required=True,
-        metavar="TIME",
-        help="since they finished: seconds, or a number with s, m, h or d",
-    )
-    add_statuses(parser, FINAL)
-
-
-def add_check(add: Any) -> None:
-    add("check", check, "Tell what is inconsistent or stuck.")
-
-
-def add_processes(add: Any) -> None:
-    add("processes", processes, "List the processes that hold jobs.")
 
 
 def add_statuses(parser: Any, statuses: tuple[str, ...]) -> None:
