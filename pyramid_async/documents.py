@@ -50,11 +50,16 @@ def document(request: Any, job: JobStatus, value: Any = NOTHING) -> dict[str, An
         "retryAfter": None if job.done else retry_after(job),
         "error": failure(job) if job.status == FAILED else None,
     }
-    shown = {name: member for name, member in members.items() if member is not None}
+    shown = known(members)
     if job.status == SUCCESSFUL and is_inline(request, value):
         shown["result"] = value
     shown["links"] = links(request, job)
     return shown
+
+
+def known(members: dict[str, Any]) -> dict[str, Any]:
+    """Return the members without those that are None."""
+    return {name: member for name, member in members.items() if member is not None}
 
 
 def links(request: Any, job: JobStatus) -> list[dict[str, Any]]:
@@ -173,5 +178,4 @@ def failure(job: JobStatus) -> dict[str, Any]:
 
 
 def problem_members(status: int, title: str, type: str, **more: Any) -> dict[str, Any]:
-    more = {name: member for name, member in more.items() if member is not None}
-    return {"type": type, "title": title, "status": status, **more}
+    return {"type": type, "title": title, "status": status, **known(more)}

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from transaction.interfaces import TransientError
 
-from .documents import timestamp
+from .documents import known, timestamp
 from .interfaces import AsyncError, JobNotFound
 from .jobs import FINAL, STATUSES, UNFINISHED, Failure, JobRecord, JobStatus, name_of
 from .process import process_name
@@ -361,10 +361,6 @@ def failure_as_json(failure: Failure) -> dict[str, Any]:
             "detail": failure.text,
         }
     )
-
-
-def known(members: dict[str, Any]) -> dict[str, Any]:
-    return {name: member for name, member in members.items() if member is not None}
 
 
 # -- processes -------------------------------------------------------------------------
