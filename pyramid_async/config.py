@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from contextvars import ContextVar
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -105,7 +106,7 @@ def make_scheduler(registry: Any) -> Scheduler:
 
     worker = Worker(
         make_store(registry, settings),
-        surroundings=lambda tm=None: RequestSurroundings(registry, connector(registry), tm),
+        surroundings=lambda tm=None: RequestSurroundings(registry, connector, tm),
         conflict_attempts=settings["conflict_attempts"],
         max_attempts=settings["max_attempts"],
         result_timeout=settings["result_timeout"],
@@ -152,13 +153,13 @@ def databases(registry: Any) -> dict[str, Any]:
     return getattr(registry, "_zodb_databases", None) or {}
 
 
-def connector(registry: Any) -> Any:
-    """Return what gives a request's ZODB connection, or None where there is no ZODB."""
-    if not databases(registry):
+def connector(request: Any) -> Any:
+    """Return what gives the request's ZODB connection, or None where there is no ZODB."""
+    if not databases(request.registry):
         return None
     from pyramid_zodbconn import get_connection
 
-    return get_connection
+    return partial(get_connection, request)
 
 
 def make_store(registry: Any, settings: dict[str, Any]) -> Any:
@@ -268,10 +269,9 @@ def enlarge_pools(registry: Any, workers: int) -> None:
 
 def request_scheduler(request: Any) -> Scheduler:
     """Return the scheduler bound to the request's transaction, connection and user."""
-    get_connection = connector(request.registry)
     ids = RequestIds(request.environ)
     caller = Caller(
-        connect=get_connection and (lambda: get_connection(request)),
+        connect=connector(request),
         owner=request.authenticated_userid,
         origin=origin_of(request),
         new_sid=ids,

@@ -49,14 +49,14 @@ class RequestSurroundings(Surroundings):
     transaction begins before the application's code sees the request.
     """
 
-    def __init__(self, registry: Any, connect: Any, tm: Any = None) -> None:
+    def __init__(self, registry: Any, connector: Any, tm: Any = None) -> None:
         factory = registry.queryUtility(IRequestFactory, default=Request)
         self.request = factory.blank("/")
         self.request.registry = registry
         super().__init__(pyramid_tm.create_tm(self.request) if tm is None else tm)
         self.request.environ.update({"tm.manager": self.tm, "tm.active": True})
         self.request.tm = self.tm
-        self.connect = connect and (lambda: connect(self.request))
+        self.connect = connector(self.request)
         self._depth = len(threadlocals.stack)
 
     def prepare(self, record: JobRecord) -> Any:
