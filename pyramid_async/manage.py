@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from heapq import merge
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from transaction.interfaces import TransientError
@@ -214,17 +214,20 @@ class Search(NamedTuple):
 
     def finished(self, inside: Inside, final: frozenset[str]) -> Iterator[Place]:
         before = None if self.after.ended is None else (self.after.ended, self.after.sid)
-        young = sorted(self.young(inside, final), reverse=True)
+        recent = sorted(young(inside, final, max(SCAN, self.scan)), reverse=True)
         listed = inside.table.ended(final, before)
-        for ended, sid in merge(young, listed, reverse=True):
+        for ended, sid in merge(recent, listed, reverse=True):
             if before is None or (ended, sid) < before:
                 yield Place(sid, ended)
 
-    def young(self, inside: Inside, final: frozenset[str]) -> Iterator[tuple[float, str]]:
-        """Yield what ended a moment ago and is among the unfinished jobs still."""
-        for sid, record in islice(inside.table.unfinished(), max(SCAN, self.scan)):
-            if is_done(record) and record.status in final:
-                yield record.finished, sid
+
+def young(
+    inside: Inside, final: frozenset[str], most: int | None = None
+) -> Iterator[tuple[float, str]]:
+    """Yield what ended a moment ago and is among the unfinished jobs still."""
+    for sid, record in islice(inside.table.unfinished(), most):
+        if is_done(record) and record.status in final:
+            yield record.finished, sid
 
 
 def is_done(record: Any) -> bool:
@@ -421,13 +424,9 @@ def purge(scheduler: Any, older_than: float, statuses: Iterable[str] = FINAL) ->
 
 
 def ended_before(inside: Inside, before: tuple[float, str], statuses: frozenset[str]) -> list[str]:
-    young = (
-        sid
-        for sid, record in inside.table.unfinished()
-        if is_done(record) and record.status in statuses and (record.finished, sid) < before
-    )
+    recent = (place for place in young(inside, statuses) if place < before)
     # By sid: a batch writes few of the shards.
-    return sorted({*young, *(sid for _, sid in inside.table.ended(statuses, before))})
+    return sorted({sid for _, sid in chain(recent, inside.table.ended(statuses, before))})
 
 
 def remove_all(sids: list[str], inside: Inside) -> int:
