@@ -479,7 +479,8 @@ class PersistentContext:
         for obj in together:
             if not isinstance(obj, Persistent):
                 raise AttributeError(f"{_kind(obj)} is not persistent: it has no _p_oid")
-        _give_oids(together, _manager_of(root, together), None)
+        if any(map(_is_outside, together)):
+            _savepoint(None, _connection_of(root, together))
         self._database = _database_of(root, together)
         self._objs = tuple(_reference(obj, self._database) for obj in objs)
         self._kwobjs = {name: _reference(obj, self._database) for name, obj in kwobjs.items()}
@@ -604,22 +605,18 @@ def _leading_root(objs: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
     return None, objs
 
 
-def _manager_of(root: Any, objects: list[Any]) -> Any:
-    connections = _connections(root, objects)
-    return connections[0].transaction_manager if connections else None
-
-
 def _database_of(root: Any, objects: list[Any]) -> Any:
     if isinstance(root, DB):
         return root
-    connections = _connections(root, objects)
-    return connections[0].db() if connections else None
+    connection = _connection_of(root, objects)
+    return None if connection is None else connection.db()
 
 
-def _connections(root: Any, objects: list[Any]) -> list[Any]:
+def _connection_of(root: Any, objects: list[Any]) -> Any:
+    """Return the connection that stands before the objects, else the first of theirs, or None."""
     if isinstance(root, Connection):
-        return [root]
-    return [obj._p_jar for obj in objects if obj._p_jar is not None]
+        return root
+    return next((obj._p_jar for obj in objects if obj._p_jar is not None), None)
 
 
 def _roots(txn: Any) -> dict[int, Any]:
