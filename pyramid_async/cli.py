@@ -254,17 +254,10 @@ def show(scheduler: Any, args: argparse.Namespace) -> int:
 def cancel(scheduler: Any, args: argparse.Namespace) -> int:
     def each(sid: str) -> str:
         if not manage.cancel(scheduler, sid, WHO):
-            raise TooLate(sid)
+            raise AsyncError(f"job {sid!r} had ended before")
         return "dismissed"
 
     return for_each(args, each)
-
-
-class TooLate(AsyncError):
-    """The job had ended (sid)."""
-
-    def __str__(self) -> str:
-        return f"job {self.args[0]!r} had ended before"
 
 
 def retry(scheduler: Any, args: argparse.Namespace) -> int:

@@ -26,7 +26,7 @@ from ZODB.POSException import ConflictError
 from zope.interface import implementer
 
 from .attempt import Attempt, end_transaction
-from .interfaces import AsyncError, IExecutor, IScheduler, JobInterrupted, JobNotFound
+from .interfaces import IExecutor, IScheduler, JobInterrupted, JobNotFound
 from .jobs import FRESH, JobRecord, JobStatus
 from .recovery import Recovery
 from .scheduler import Scheduler
@@ -327,13 +327,6 @@ class InlineExecutor(ManualExecutor):
 # -- faults ----------------------------------------------------------------------------
 
 
-class ReplyLost(AsyncError, TransientError):
-    """The commit is durable and its caller is told that it failed."""
-
-    def __str__(self) -> str:
-        return "a fault of the test: the reply to the commit was lost"
-
-
 def conflict() -> NoReturn:
     """Raise a ConflictError."""
     raise ConflictError("a fault of the test")
@@ -341,7 +334,7 @@ def conflict() -> NoReturn:
 
 def lose_reply() -> NoReturn:
     """Raise what a client raises that lost its server: for ``after`` a commit."""
-    raise ReplyLost()
+    raise TransientError("a fault of the test: the reply to the commit was lost")
 
 
 def kill() -> None:

@@ -132,16 +132,6 @@ class OpenedBeforeFork(AsyncError, RuntimeError):
         )
 
 
-class NotInstalled(AsyncError, RuntimeError):
-    """The database has no place for records."""
-
-    def __str__(self) -> str:
-        return (
-            "the database has no place for jobs, which config.make_wsgi_app() makes: call it, in a"
-            " test too, before the request looks at the database"
-        )
-
-
 class NewerFormat(AsyncError, RuntimeError):
     """The records are in a format that this version does not know (the format, ours)."""
 
@@ -269,7 +259,10 @@ def locate_root(connection: Any) -> JobRoot:
     """Return the JobRoot of the connection's database; the store's `install` made it."""
     root = connection.root().get(ROOT_KEY)
     if root is None:
-        raise NotInstalled()
+        raise AsyncError(
+            "the database has no place for jobs, which config.make_wsgi_app() makes: call it, in a"
+            " test too, before the request looks at the database"
+        )
     return root
 
 
