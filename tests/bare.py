@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import defaultdict
 from contextlib import contextmanager, suppress
 
 import transaction
@@ -20,6 +21,14 @@ from pyramid_async.worker import Worker
 from pyramid_async.zodb import ZodbStore
 
 ROOT = object()  # stands for the database's root among the arguments of `Process.schedule`
+
+
+CALLS = defaultdict(list)  # key of a test -> what its jobs noted
+
+
+def note(key, value=None):
+    CALLS[key].append(value)
+    return value
 
 
 class Clock:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import threading
 import time
+from uuid import uuid4
 
 import pytest
 import transaction
 import ZODB
+from bare import CALLS
 from webapp import gate
 from ZODB.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
@@ -75,6 +77,14 @@ def at():
 def at_gate(at):
     """The same, where that says more."""
     return at
+
+
+@pytest.fixture
+def key():
+    """What a test's jobs note under, in CALLS."""
+    name = uuid4().hex
+    yield name
+    CALLS.pop(name, None)
 
 
 @pytest.fixture

@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 import threading
 import types
-from collections import defaultdict
 from uuid import uuid4
 
 import pytest
-from bare import ROOT, Process, memory, process
+from bare import CALLS, ROOT, Process, memory, process
 from persistent import Persistent
 from transaction.interfaces import TransientError
 from webapp import browser, echo
@@ -21,8 +20,6 @@ from pyramid_async.context import ObjectGone, PersistentContext
 from pyramid_async.interfaces import BadRecord, InvalidTransition, JobFailed, NotSchedulable
 from pyramid_async.jobs import JobRecord
 from pyramid_async.zodb import Large
-
-CALLS = defaultdict(list)
 
 MALFORMED = [
     "",
@@ -47,13 +44,6 @@ NO_TEXT = [None, 0, 1.5, b"00" * 16, (), Ellipsis]
 @pytest.fixture
 def db():
     yield from memory()
-
-
-@pytest.fixture
-def key():
-    name = uuid4().hex
-    yield name
-    CALLS.pop(name, None)
 
 
 @pytest.fixture(params=["ram", "zodb"])

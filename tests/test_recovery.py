@@ -7,15 +7,13 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from uuid import uuid4
 
 import pytest
 import transaction
-from bare import ROOT, Clock, Process, memory, process, store_of, together
+from bare import CALLS, ROOT, Clock, Process, memory, process, store_of, together
 from persistent import Persistent
 from persistent.mapping import PersistentMapping
 from transaction.interfaces import TransientError
@@ -35,20 +33,12 @@ from pyramid_async.transactional import transact
 from pyramid_async.worker import Worker
 from pyramid_async.zodb import BATCH, HAUNTED, ZodbStore, ZodbTable
 
-CALLS = defaultdict(list)
 LEASE = 60.0
 
 
 @pytest.fixture
 def db():
     yield from memory()
-
-
-@pytest.fixture
-def key():
-    name = uuid4().hex
-    yield name
-    CALLS.pop(name, None)
 
 
 def note(key, value=None):

@@ -8,7 +8,6 @@ import gc
 import logging
 import threading
 import time
-from collections import defaultdict
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import product
@@ -20,7 +19,7 @@ import pytest
 import transaction
 import webapp
 import ZODB
-from bare import Events
+from bare import CALLS, Events, note
 from persistent import GHOST, Persistent
 from persistent.mapping import PersistentMapping
 from pyramid.config import Configurator
@@ -31,7 +30,7 @@ from pyramid.threadlocal import get_current_registry, get_current_request
 from pyramid.threadlocal import manager as threadlocals
 from pyramid_zodbconn import get_connection
 from transaction.interfaces import DoomedTransaction, NoTransaction, TransientError
-from webapp import GATES, Barrier, Policy, SqlSession, gate, special
+from webapp import GATES, Barrier, Policy, SqlSession, behind_gate, gate, special
 from webtest import TestApp
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import ConflictError, ReadConflictError
@@ -72,14 +71,6 @@ class Thing(Persistent):
         return self.name
 
 
-CALLS = defaultdict(list)  # key of a test -> what its jobs noted
-
-
-def note(key, value=None):
-    CALLS[key].append(value)
-    return value
-
-
 def add(a, b=0):
     return a + b
 
@@ -90,11 +81,6 @@ def give(value):
 
 def fail(*args):
     raise ZeroDivisionError(*args)
-
-
-def at_gate(name, value=None):
-    GATES[name].pass_through()
-    return value
 
 
 def count_up(thing):
@@ -423,14 +409,6 @@ def web(request):
 def zodb():
     with site(EXPLICIT, zodb=[""]) as client:
         yield client
-
-
-@pytest.fixture
-def key():
-    """What a test's jobs note under, and the notes."""
-    name = uuid4().hex
-    yield name
-    CALLS.pop(name, None)
 
 
 def everywhere(*names):
@@ -970,7 +948,7 @@ def test_object_that_is_gone_fails_its_job_alone(web):
 
     with gate() as name:
         # Both workers wait, so that the object can go before the third job begins.
-        others = [web.schedule(at_gate, name) for _ in range(2)]
+        others = [web.schedule(behind_gate, name) for _ in range(2)]
         third = web.do(schedule)
         with web.databases[""].transaction() as connection:
             del connection.root()["thing"]
@@ -1132,7 +1110,7 @@ def test_one_of_two_readers_at_once_gets_the_result(web):
 
 @in_both_stores
 def test_dismissed_job_has_its_dismissal_for_a_result(web, at):
-    sid = web.schedule(at_gate, at)
+    sid = web.schedule(behind_gate, at)
     assert web.do(lambda request: request.scheduler.cancel(sid))
     value, error = web.do(lambda request: request.scheduler.get_result(sid))
     assert (value, type(error)) == (None, JobDismissed)
@@ -1513,7 +1491,7 @@ def test_job_of_another_manager_does_not_wait_for_the_commit_of_the_request(web)
 @in_both_stores
 def test_key_makes_one_job_until_it_is_finished(web, at):
     def schedule(request):
-        return request.scheduler.using(key="report").schedule(at_gate, at)
+        return request.scheduler.using(key="report").schedule(behind_gate, at)
 
     first = web.do(schedule)
     assert web.do(schedule) == first
@@ -1585,7 +1563,7 @@ def test_run_after_runs_the_job_then_and_not_before(web):
 
 @in_both_stores
 def test_status_tells_a_jobs_life(web, at):
-    sid = web.schedule(at_gate, at, 1, user="ann", title="T")
+    sid = web.schedule(behind_gate, at, 1, user="ann", title="T")
     GATES[at].reach()
     running = web.status(sid)
     GATES[at].opened.set()
@@ -1689,7 +1667,7 @@ def test_list_behind_a_savepoint_leaves_the_connection_able_to_prefetch(zodb):
 
 @in_both_stores
 def test_job_that_ends_while_the_list_is_made_is_told_once(web, at, monkeypatch):
-    sid = web.schedule(at_gate, at)
+    sid = web.schedule(behind_gate, at)
     GATES[at].reach()
 
     def listed(scheduler):
@@ -1709,7 +1687,7 @@ def test_jobs_are_chosen_by_status(web, at):
     failed = web.schedule(fail)
     web.wait(done)
     web.wait(failed)
-    running = web.schedule(at_gate, at)
+    running = web.schedule(behind_gate, at)
     GATES[at].reach()
 
     def chosen(status):
@@ -1778,7 +1756,7 @@ def test_accepted_answers_for_jobs_of_requests_alone(web):
 
 def test_full_ram_store_refuses_and_the_request_goes_on(at):
     with site({"async.max_pending": "1"}) as web:
-        first = web.schedule(at_gate, at)
+        first = web.schedule(behind_gate, at)
 
         def schedule(request):
             with pytest.raises(SchedulerFull):
@@ -1794,7 +1772,7 @@ def test_retry_that_a_full_ram_store_refuses_can_be_asked_for_again(key, at):
     with site({"async.max_pending": "1"}) as web:
         failed = web.schedule(fail_first, key)
         web.wait(failed)
-        busy = web.schedule(at_gate, at)
+        busy = web.schedule(behind_gate, at)
 
         def retry_in_vain(request):
             with pytest.raises(SchedulerFull):
@@ -1817,7 +1795,7 @@ def test_job_accepted_while_the_one_before_has_not_quite_ended_runs(at):
                 GATES[ending].pass_through()
 
         web.registry.registerHandler(linger, [IJobFinished])
-        first = web.schedule(at_gate, at)
+        first = web.schedule(behind_gate, at)
         GATES[at].opened.set()
         GATES[ending].reach()
         second = web.schedule(give, 2)
@@ -1855,7 +1833,7 @@ def test_effects_of_a_job_removed_while_it_runs_never_come(web, key, at):
 
 @in_both_stores
 def test_job_cancelled_before_it_began_never_runs(web, key, at):
-    blocking = [web.schedule(at_gate, at) for _ in range(2)]
+    blocking = [web.schedule(behind_gate, at) for _ in range(2)]
     sid = web.schedule(note, key)
     assert web.do(lambda request: request.scheduler.cancel(sid)) is True
     GATES[at].opened.set()
@@ -1879,7 +1857,7 @@ def test_running_job_is_told_of_its_dismissal_at_its_next_check(web, key, at, wa
 
 @in_both_stores
 def test_cancel_says_whether_this_call_did_it(web, at):
-    sid = web.schedule(at_gate, at)
+    sid = web.schedule(behind_gate, at)
     GATES[at].reach()
 
     def cancel(request):
@@ -1895,7 +1873,7 @@ def test_cancel_says_whether_this_call_did_it(web, at):
 
 @in_both_stores
 def test_cancel_that_is_aborted_cancels_nothing(web, at):
-    sid = web.schedule(at_gate, at, 1)
+    sid = web.schedule(behind_gate, at, 1)
     GATES[at].reach()
 
     def cancel(request):
@@ -1961,7 +1939,7 @@ def test_dismissal_that_comes_after_the_jobs_vote_conflicts(web, key, at):
 
 @everywhere(*[name for name in ALL if name.endswith("retry")])
 def test_cancel_that_conflicts_is_decided_anew(web, at):
-    sid = web.schedule(at_gate, at, 1)
+    sid = web.schedule(behind_gate, at, 1)
     GATES[at].reach()
     said = []
 
@@ -2598,7 +2576,7 @@ def test_nothing_warns_in_a_life_of_many_jobs(caplog):
     """Pools are sized for all connections that requests, workers and recovery open."""
     with caplog.at_level(logging.WARNING), site(zodb=[""]) as web:
         with gate() as name:
-            blocking = [web.schedule(at_gate, name) for _ in range(2)]
+            blocking = [web.schedule(behind_gate, name) for _ in range(2)]
             for _ in range(20):
                 web.schedule(fail)
             GATES[name].reach()

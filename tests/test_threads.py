@@ -10,17 +10,16 @@ import sys
 import textwrap
 import threading
 import time
-from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 import transaction
-from bare import ROOT, Process, memory, process, store_of, together
+from bare import CALLS, ROOT, Process, memory, note, process, store_of, together
 from pyramid.config import Configurator
 from pyramid_zodbconn import get_connection
-from webapp import GATES, Barrier, gate, pool_warnings
+from webapp import GATES, Barrier, behind_gate, gate, pool_warnings
 from zope.interface.verify import verifyObject
 
 from pyramid_async import IScheduler, current_job
@@ -39,29 +38,10 @@ from pyramid_async.transactional import pending
 from pyramid_async.worker import Worker
 from pyramid_async.zodb import OpenedBeforeFork, ZodbStore
 
-CALLS = defaultdict(list)
-
 
 @pytest.fixture
 def db():
     yield from memory()
-
-
-@pytest.fixture
-def key():
-    name = uuid4().hex
-    yield name
-    CALLS.pop(name, None)
-
-
-def note(key, value=None):
-    CALLS[key].append(value)
-    return value
-
-
-def at_gate(name, value=None):
-    GATES[name].pass_through()
-    return value
 
 
 def count_at_gate(root, name, key):
@@ -148,8 +128,8 @@ def test_recovery_is_started_and_stopped_with_the_threads(db):
 
 def test_as_many_jobs_run_at_a_time_as_there_are_workers(db, key):
     with process("zodb", db, workers=2) as one, gate() as first, gate() as second:
-        one.schedule(at_gate, first)
-        one.schedule(at_gate, second)
+        one.schedule(behind_gate, first)
+        one.schedule(behind_gate, second)
         GATES[first].reach()
         GATES[second].reach()
         third = one.schedule(note, key)
@@ -200,7 +180,7 @@ def test_executors_are_stopped_at_exit(db):
 
 def test_stop_in_a_child_tells_nothing_to_the_jobs_of_its_parent(db, at, key):
     with process("ram", db, workers=1) as one:
-        sid = one.schedule(at_gate, at)
+        sid = one.schedule(behind_gate, at)
         GATES[at].reach()
         ours, one.executor._pid = one.executor._pid, 0  # as a child finds it
         one.executor.stop(0)
@@ -235,7 +215,7 @@ def test_nothing_is_queued_after_an_abort(db, key, kind):
 def test_queue_is_bounded_and_recovery_fetches_what_did_not_fit(db, key, at):
     with process("zodb", db, workers=1) as one:
         one.executor.max_pending = 2
-        one.schedule(at_gate, at)
+        one.schedule(behind_gate, at)
         GATES[at].reach()
         sids = [one.schedule(note, key, number) for number in range(5)]
         assert len(one.executor.held) == 3  # one runs, two wait
@@ -253,7 +233,7 @@ def test_queue_is_bounded_and_recovery_fetches_what_did_not_fit(db, key, at):
 
 def test_job_is_queued_once_however_often_it_is_woken(db, key, at):
     with process("zodb", db, workers=1) as one:
-        one.schedule(at_gate, at)
+        one.schedule(behind_gate, at)
         GATES[at].reach()
         sid = one.schedule(note, key)
         for _ in range(5):
@@ -265,7 +245,7 @@ def test_job_is_queued_once_however_often_it_is_woken(db, key, at):
 
 def test_hook_puts_an_id_on_the_queue_and_nothing_else(db, key, at):
     with process("zodb", db, workers=1) as one:
-        one.schedule(at_gate, at)
+        one.schedule(behind_gate, at)
         GATES[at].reach()
         with one.transaction() as (table, _):
             sid = one.scheduler.using(tm=table.tm).schedule(note, key)
@@ -336,7 +316,7 @@ def test_wake_up_that_comes_while_nothing_is_found_is_not_lost(db, key, kind):
 def test_job_that_was_put_twice_at_once_is_held_until_it_ends(db, key, at, wait_for):
     """By the hook and by recovery: neither finds it held.  Else nothing would show that it runs."""
     with process("zodb", db, workers=2) as one:
-        sid = one.schedule(at_gate, at)
+        sid = one.schedule(behind_gate, at)
         GATES[at].reach()
         one.executor.queue.put((sid, FRESH))
         wait_for(one.executor.queue.empty)
@@ -473,7 +453,7 @@ def test_job_that_ends_in_the_time_it_is_given_is_kept_if_it_is_whole(
 
 def test_stop_takes_no_longer_than_its_time_when_a_job_never_ends(db, at, caplog):
     with process("zodb", db, workers=2) as one:
-        sid = one.schedule(at_gate, at)
+        sid = one.schedule(behind_gate, at)
         GATES[at].reach()
         begun = time.monotonic()
         one.executor.stop(0.05)
@@ -509,7 +489,7 @@ def test_job_that_does_not_end_in_time_is_given_back_and_has_lost_no_attempt(db,
 
 def test_jobs_that_wait_are_not_begun_any_more(db, key, at):
     with process("zodb", db, workers=1) as one:
-        one.schedule(at_gate, at)
+        one.schedule(behind_gate, at)
         GATES[at].reach()
         waiting = [one.schedule(note, key) for _ in range(3)]
         one.executor.stop(0.01)
@@ -527,7 +507,7 @@ def test_jobs_that_wait_are_given_back_where_other_processes_can_take_them(db, k
     store = Shared(db)
     store.install()
     one = Process(store, db, workers=1)
-    one.schedule(at_gate, at)
+    one.schedule(behind_gate, at)
     GATES[at].reach()
     sid = one.schedule(note, key)
     assert one.record(sid)["holder"] == store.process

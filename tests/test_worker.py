@@ -10,15 +10,13 @@ import gc
 import logging
 import threading
 import weakref
-from collections import defaultdict
 from contextlib import contextmanager, suppress
 from types import SimpleNamespace
-from uuid import uuid4
 
 import pytest
 import transaction
 import ZODB
-from bare import ROOT, Clock, LosesReply, Process, memory, process, together
+from bare import CALLS, ROOT, Clock, LosesReply, Process, memory, note, process, together
 from persistent import Persistent
 from persistent.mapping import PersistentMapping
 from transaction.interfaces import TransientError
@@ -44,16 +42,13 @@ from pyramid_async.recovery import Sign
 from pyramid_async.worker import LONGEST_DELAY, LONGEST_PAUSE
 from pyramid_async.zodb import ZodbStore
 
-CALLS = defaultdict(list)  # key of a test -> what its jobs noted
 OWN = {}  # key of a test -> the process whose scheduler its jobs use
 
 
 @pytest.fixture
-def key():
-    name = uuid4().hex
-    yield name
-    CALLS.pop(name, None)
-    OWN.pop(name, None)
+def key(key):
+    yield key
+    OWN.pop(key, None)
 
 
 @pytest.fixture
@@ -81,11 +76,6 @@ def durable(db):
 
 
 # -- what jobs do --------------------------------------------------------------------------
-
-
-def note(key, value=None):
-    CALLS[key].append(value)
-    return value
 
 
 def give(value):
