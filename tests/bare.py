@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 import transaction
@@ -213,6 +214,11 @@ def process(kind, db, **options):
         made.stop()
         transaction.abort()
         made.store.release(transaction.manager)
+
+
+def in_thread(f, *args):
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(f, *args).result()
 
 
 def together(*calls):

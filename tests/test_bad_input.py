@@ -130,11 +130,6 @@ def test_malformed_sid_is_an_unknown_one(one, sid):
     assert one.ask(ask) == (None, None, None, False, None)
 
 
-@pytest.mark.parametrize("sid", ["0" * 32, "f" * 32])
-def test_unknown_sid_is_none(one, sid):
-    assert one.ask(lambda scheduler: scheduler.get_result(sid)) is None
-
-
 @pytest.mark.parametrize("sid", NO_TEXT, ids=repr)
 def test_sid_that_is_no_text_is_an_unknown_one(one, sid):
     assert one.ask(lambda scheduler: scheduler.status(sid)) is None

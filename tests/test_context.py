@@ -14,11 +14,13 @@ from contextlib import suppress
 import pytest
 import transaction
 import ZODB
+from bare import in_thread
 from BTrees.OOBTree import OOBTree
 from persistent import Persistent
 from persistent.list import PersistentList
 from persistent.mapping import PersistentMapping
 from transaction.interfaces import NoTransaction
+from webapp import nested
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import ConflictError
 
@@ -133,11 +135,6 @@ def begin_again(tm):
 def opened(db):
     """Return how many connections of the database are out of the pool."""
     return sum(info["opened"] is not None for info in db.connectionDebugInfo())
-
-
-def in_thread(f, *args):
-    with ThreadPoolExecutor(1) as threads:
-        return threads.submit(f, *args).result()
 
 
 def reader(db, f):
@@ -420,16 +417,9 @@ def test_container_that_contains_itself_is_refused(kind):
         map_references([cycle], refer)
 
 
-def nest(depth):
-    value = []
-    for _ in range(depth):
-        value = [value]
-    return value
-
-
 def test_container_nested_too_deeply_is_refused():
     with pytest.raises(NotStorable, match="nested too deeply"):
-        map_references(nest(100_000), refer)
+        map_references(nested(100_000), refer)
 
 
 def test_connection_is_not_asked_for_unless_there_is_a_reference(conn, thing):
@@ -661,7 +651,7 @@ def test_cyclic_container_crosses_in_a_pickle(conn):
 
 def test_value_nested_too_deeply_is_refused(conn):
     with pytest.raises(NotStorable, match="nested too deeply") as refused:
-        dumps(nest(100_000), conn)
+        dumps(nested(100_000), conn)
     # Python 3.14 adds a note for each level.
     assert len("".join(traceback.format_exception(refused.value))) < 10_000
 

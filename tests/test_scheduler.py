@@ -2542,11 +2542,6 @@ def test_store_that_is_missing_stops_the_start():
         configured({"async.store": "zodb"}, "pyramid_async")
 
 
-def test_bad_setting_stops_the_start():
-    with pytest.raises(ConfigurationError, match=r"async\.workers is 'many'"):
-        configured({"async.workers": "many"}, "pyramid_async")
-
-
 def test_executor_that_is_set_too_late_stops_the_start():
     with (
         pytest.raises(ConfigurationError, match=r"async\.executor became celery after"),

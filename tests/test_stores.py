@@ -31,8 +31,6 @@ from pyramid_async.connections import Connections
 from pyramid_async.context import PersistentContext
 from pyramid_async.interfaces import (
     AsyncError,
-    IJobStore,
-    IJobTable,
     InvalidTransition,
     NotSchedulable,
     SchedulerFull,
@@ -254,12 +252,6 @@ def refuse():
 
 
 # -- commit and abort ----------------------------------------------------------------------
-
-
-def test_stores_and_tables_provide_their_interfaces(store):
-    assert IJobStore.providedBy(store)
-    with view(store) as seen:
-        assert IJobTable.providedBy(seen.table)
 
 
 def test_unknown_sid_is_none(store):

@@ -550,12 +550,6 @@ def test_persistent_argument_can_be_read_before_and_after_its_job(app, registry,
         connection.close()
 
 
-def test_nothing_that_was_aborted_counts_as_scheduled(app, registry):
-    with manual(registry) as jobs:
-        app.post_json("/start/deposit", {"args": [5], "refuse": True}, status=400)
-        assert jobs.scheduled == []
-
-
 # -- in and out ----------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import transaction
-from bare import Clock
+from bare import Clock, in_thread
 from persistent.mapping import PersistentMapping
 from transaction.interfaces import NoTransaction, TransientError
 from webapp import SqlSession
@@ -77,11 +77,6 @@ def slept(monkeypatch):
 
 def explicit():
     return transaction.TransactionManager(explicit=True)
-
-
-def in_thread(f, *args):
-    with ThreadPoolExecutor(1) as threads:
-        return threads.submit(f, *args).result()
 
 
 class Fails:
