@@ -348,6 +348,8 @@ class ZodbTable:
             trees[self.root.shard(sid)].pop(sid, None)
 
     def add(self, record: JobRecord) -> None:
+        # Where none was begun the tree would refuse the record and keep it, for a later commit.
+        self.tm.get()
         self.root.unfinished[self.root.shard(record.sid)][record.sid] = record
 
     def remove(self, record: JobRecord) -> None:

@@ -53,6 +53,7 @@ from pyramid_async.zodb import FORMAT, HAUNTED, INLINE_PAYLOAD, JobRoot, NewerFo
 NOW = 1_000_000.0
 SID = "0123456789abcdef0123456789abcdef"
 OTHER = "fedcba9876543210fedcba9876543210"
+BESIDE = SID[:2] + OTHER[2:]  # in the same tree of the ZODB as SID
 
 Pair = namedtuple("Pair", "first second")
 
@@ -312,6 +313,17 @@ def test_change_is_gone_after_abort(store):
         finish(one.get())
         one.tm.abort()
     assert status_in(store) == ACCEPTED
+
+
+def test_record_that_is_added_without_a_transaction_is_in_no_later_one(zodb_store):
+    """As where a view that ``tm.activate_hook`` leaves out schedules with an explicit manager."""
+    with view(zodb_store) as seen:
+        seen.add()
+        seen.commit()
+        with pytest.raises(NoTransaction):
+            seen.add(BESIDE)
+        seen.tm.begin()
+        assert seen.get(BESIDE) is None
 
 
 def test_one_transaction_sees_one_object(store):
