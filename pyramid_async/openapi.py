@@ -289,7 +289,7 @@ LINK = {
         "href": {"type": "string", "format": "uri"},
         "rel": {"enum": ["self", "monitor", "next", RESULTS_REL]},
         "type": TEXT,
-        "download": {"const": True, "description": "The result is a file."},
+        "download": {"type": "boolean", "description": "The result is a file."},
     },
 }
 LINKS = {"type": "array", "items": LINK, "minItems": 1}
@@ -339,7 +339,7 @@ RPC_RESPONSE = {
     "required": ["jsonrpc", "id"],
     "properties": {
         "jsonrpc": {"const": "2.0"},
-        "id": {"type": ["string", "number", "null"]},
+        "id": {"description": "That of the call: a string, a number, or null."},
         "result": {},
         "error": {
             "type": "object",
@@ -347,7 +347,6 @@ RPC_RESPONSE = {
             "properties": {"code": {"type": "integer"}, "message": TEXT, "data": {}},
         },
     },
-    "oneOf": [{"required": ["result"]}, {"required": ["error"]}],
 }
 COMPONENTS = {
     "schemas": {

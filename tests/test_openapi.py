@@ -53,6 +53,24 @@ def test_document_is_served_as_json_and_kept_out_of_caches(web):
     assert web.post("/async/openapi.json", status=405).headers["Allow"] == "GET, HEAD, OPTIONS"
 
 
+def nodes(node):
+    """Yield every object of a document."""
+    children = list(node.values()) if isinstance(node, dict) else node
+    if isinstance(node, dict):
+        yield node
+    for child in children if isinstance(children, list) else ():
+        yield from nodes(child)
+
+
+def test_document_says_nothing_that_generators_of_clients_make_wrong_code_of(web):
+    """Clients of openapi-python-client could not be imported, or those of openapi-generator refused
+    every answer to a call."""
+    for node in nodes(document(web)):
+        assert isinstance(node.get("const", ""), str)
+        assert not isinstance(node.get("type"), list)
+        assert "oneOf" not in node
+
+
 def test_document_tells_every_route_with_every_method(web):
     told = {
         (path, method.upper())
