@@ -13,6 +13,7 @@ import time
 from concurrent.futures import process as process_pools
 from concurrent.futures import thread as pools
 from contextlib import suppress
+from contextvars import Context
 from typing import Any
 
 import transaction
@@ -98,7 +99,9 @@ class ThreadExecutor:
 
     def start(self) -> None:
         """Start the threads of this process, once."""
-        self._start()
+        # In no context: tools that hand it to new threads (Sentry, OpenTelemetry) would tell of
+        # all jobs what they noted of the request that scheduled the first one, its user say.
+        Context().run(self._start)
         if self.stopped:
             self.stop(0)  # which found nothing started when it was called, a moment ago
 

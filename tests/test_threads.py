@@ -11,6 +11,7 @@ import textwrap
 import threading
 import time
 from contextlib import suppress
+from contextvars import ContextVar, copy_context
 from pathlib import Path
 from uuid import uuid4
 
@@ -88,6 +89,32 @@ both_stores = pytest.mark.parametrize("kind", ["ram", "zodb"])
 
 def test_executor_provides_its_interface(db):
     assert verifyObject(IExecutor, Process(store_of("ram", db), db).executor)
+
+
+USER = ContextVar("USER", default=None)
+
+
+def schedule_as(user, scheduler, key):
+    USER.set(user)
+    with transaction.manager:
+        scheduler.schedule(note, key)
+
+
+def test_threads_start_without_the_context_of_who_schedules_the_first_job(monkeypatch, key):
+    """Tools that report errors hand it to each new thread, and so to the jobs of everybody."""
+    inherited, start = [], threading.Thread.start
+
+    def start_and_inherit(thread):
+        inherited.append(USER.get())
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_and_inherit)
+    scheduler = TransactionalScheduler()
+    try:
+        copy_context().run(schedule_as, "ann", scheduler, key)
+    finally:
+        scheduler.stop()
+    assert set(inherited) == {None}
 
 
 @both_stores
