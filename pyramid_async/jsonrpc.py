@@ -14,9 +14,9 @@ from typing import Any
 from pyramid.httpexceptions import HTTPException
 from pyramid.response import Response
 
-from .documents import JSON, document, dumps, failure, problem, retry_after, to_json
+from .documents import JSON, NOTHING, document, dumps, failure, problem, retry_after, to_json
 from .interfaces import NotSchedulable, SchedulerFull
-from .jobs import DISMISSED, FAILED
+from .jobs import DISMISSED, FAILED, JobStatus
 from .resources import FULL_RETRY, add_resource, is_outage
 from .views import brief_outcome, outcome, root_of, visible
 
@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 MEDIA_TYPES = (JSON, "application/json-rpc")
 BODY_LIMIT = 1024 * 1024  # bytes
 BATCH_LIMIT = 50
+# Bytes of results after which the others of a batch are linked: each may be of any size.
+RESULTS_LIMIT = 1024 * 1024
 
 PARSE_ERROR = (-32700, "Parse error")
 INVALID_REQUEST = (-32600, "Invalid Request")
@@ -183,6 +185,7 @@ class Methods:
         self.request = request
         self.scheduler = request.scheduler
         self.operations = self.scheduler.operations
+        self.given = 0  # bytes of results
         self.own = {
             "async.status": self.status,
             "async.result": self.job_result,
@@ -220,16 +223,19 @@ class Methods:
 
     def job_result(self, jobID: Any) -> Any:
         """Return the result where it is JSON; else say where it is, or why there is none."""
-        self.find(jobID)
-        job, value = outcome(self.scheduler, jobID)
+        job, value = self.find(jobID), NOTHING
+        if self.given < RESULTS_LIMIT:
+            job, value = outcome(self.scheduler, jobID)
         if job.status == FAILED:
             raise RpcError(NO_RESULT, failure(job))
         if not job.done:
             raise RpcError(NO_RESULT, {"status": job.status, "retryAfter": retry_after(job)})
         if job.status == DISMISSED:
             raise RpcError(NO_RESULT, {"status": job.status})
-        if to_json(value) is None:  # nor are a file and NOTHING
+        text = to_json(value)
+        if text is None:  # nor are a file and NOTHING
             raise RpcError(NO_RESULT, {"links": document(self.request, job)["links"]})
+        self.given += len(text)
         return value
 
     def cancel(self, jobID: Any) -> dict[str, Any]:
@@ -238,11 +244,13 @@ class Methods:
         last = self.scheduler.dismiss(jobID)
         return self.status(jobID) if last is None else document(self.request, last)
 
-    def find(self, sid: Any) -> None:
+    def find(self, sid: Any) -> JobStatus:
         if not isinstance(sid, str):
             raise RpcError(INVALID_PARAMS)
-        if visible(self.request, sid, self.scheduler) is None:
+        job = visible(self.request, sid, self.scheduler)
+        if job is None:
             raise RpcError(NO_SUCH_JOB)
+        return job
 
 
 # From Python 3.14 on annotations are evaluated when they are asked for, and may name what is

@@ -26,6 +26,7 @@ from webapp import (
     kind,
     make_file,
     nested,
+    repeat,
     special,
     validate,
 )
@@ -63,6 +64,7 @@ OPERATIONS = {
     "fail": fail,
     "fail_publicly": fail_publicly,
     "make_file": make_file,
+    "repeat": repeat,
     "special": special,
 }
 
@@ -463,6 +465,24 @@ def test_result_that_is_not_json_is_linked(web, method, params):
     error = call(web, "async.result", started["jobID"])
     assert error["code"] == -32003
     assert error["data"]["links"][-1]["href"] == url + "/results"
+
+
+def test_batch_does_not_multiply_a_large_result(web):
+    """One request of 4 KB could make an answer of 50 times any result, all of it in memory."""
+    large = call(web, "repeat", "x", 700_000)["jobID"]
+    small = call(web, "echo", 1)
+    value_of(web, small)
+    web.done(f"/async/{large}")
+    batch = [
+        {"jsonrpc": "2.0", "method": "async.result", "params": [jobID], "id": 1}
+        for jobID in [large] * 4 + [small["jobID"]]
+    ]
+    *given, third, fourth, last = post(web, batch).json
+    assert [len(each["result"]) for each in given] == [700_000] * 2
+    for answer, jobID in ((third, large), (fourth, large), (last, small["jobID"])):
+        assert answer["error"]["code"] == -32003
+        assert answer["error"]["data"]["links"][-1]["href"].endswith(f"/async/{jobID}/results")
+    assert call(web, "async.result", small["jobID"]) == 1
 
 
 def test_cancel_dismisses_the_job_and_leaves_a_finished_one_alone(web, at_gate):
