@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import re
 import struct
 import threading
 import time
@@ -26,6 +27,9 @@ AGAIN = "pyramid_async.again"
 
 # What Celery's messages may name besides: other tasks that the worker would send on.
 LINKS = {"callbacks", "errbacks", "chain", "chord"}
+
+# What may be the id of a message; ours and Celery's are UUIDs.
+MESSAGE_ID = re.compile("[0-9A-Za-z-]{1,36}")
 
 # How a broker that is there and takes other bells refuses a queue.  The client finds out by itself
 # that a name is too long for the protocol.  Redis refuses none: what it answers is wrong with the
@@ -413,7 +417,8 @@ def headers_of_bell(message: Any) -> dict[str, str]:
     """Return the headers that a bell must have, or raise an error."""
     args, kw, embedded = message.payload
     task, number = message.headers["task"], message.headers["id"]
-    if task not in (BELL, AGAIN) or not isinstance(number, str):
+    # Celery writes the id into the log as it is.
+    if task not in (BELL, AGAIN) or not MESSAGE_ID.fullmatch(number):
         raise ValueError(task, number)
     if not isinstance(args, list) or len(args) != 1 or kw != {}:
         raise ValueError(args, kw)

@@ -963,6 +963,8 @@ def test_whoever_can_write_to_the_broker_reaches_the_bells():
 NO_BELLS = {
     "no id": (None, {"task": BELL}),
     "an id that is a table": (None, {"task": BELL, "id": {"a": 1}}),
+    "an id of two lines": (None, {"task": BELL, "id": "x] received\nCRITICAL forged"}),
+    "a long id": (None, {"task": BELL, "id": "x" * 1000}),
     "another task": (None, {"task": "celery.backend_cleanup", "id": "x"}),
     "a task that is a list": (None, {"task": [BELL], "id": "x"}),
     "a short body": ([1], None),
