@@ -31,6 +31,9 @@ LINKS = {"callbacks", "errbacks", "chain", "chord"}
 # What may be the id of a message; ours and Celery's are UUIDs.
 MESSAGE_ID = re.compile("[0-9A-Za-z-]{1,36}")
 
+# What kombu raises at what is in Redis and no message at all, or half of one.
+UNREADABLE = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
 # How a broker that is there and takes other bells refuses a queue.  The client finds out by itself
 # that a name is too long for the protocol.  Redis refuses none: what it answers is wrong with the
 # whole server.
@@ -377,6 +380,12 @@ def take_bells_alone(consumer: Any) -> Any:
     base: Any = symbol_by_name(consumer)
 
     class Consumer(base):
+        loop: Any
+
+        def start(self) -> None:
+            self.loop = going_on(self.loop)
+            super().start()
+
         def create_task_handler(self, *args: Any, **kw: Any) -> Callable[[Any], None]:
             return bells_alone(super().create_task_handler(*args, **kw))
 
@@ -395,6 +404,21 @@ def take_bells_alone(consumer: Any) -> Any:
                 time.sleep(REFUSED_PAUSE)
 
     return Consumer
+
+
+def going_on(loop: Callable[..., None]) -> Callable[..., None]:
+    """Return Celery's loop, but one that connects again where kombu cannot read a message.
+
+    It would end the worker, which waits for its jobs first, and takes no others meanwhile.
+    """
+
+    def go_on(*args: Any) -> None:
+        try:
+            loop(*args)
+        except UNREADABLE as error:
+            raise ConnectionError(f"a message that is none: {error!r:.200}") from error
+
+    return go_on
 
 
 def bells_alone(handle: Callable[[Any], Any]) -> Callable[[Any], None]:

@@ -1791,6 +1791,39 @@ def test_forged_messages_end_no_worker_and_fail_no_job(broker, pool, deploy):
     assert site.log(worker.log).count("is no bell is refused") == len(NO_BELLS)
 
 
+# What whoever can write to Redis may put into a queue, and is no message of kombu's.
+NO_MESSAGES = [
+    "no JSON",
+    "[" * 100_000,
+    "[]",
+    '{"properties": null}',
+    '{"headers": [1], "properties": {"delivery_tag": "x"}}',
+    '{"body": "x", "properties": {"body_encoding": "none", "delivery_tag": "x"}}',
+    '{"properties": {"delivery_info": {}, "delivery_tag": [1]}}',
+]
+
+
+@services
+@slow
+@pytest.mark.parametrize("pool", ["prefork", "solo"])
+def test_what_is_no_message_in_redis_ends_no_worker(pool, deploy):
+    """It would wait for its jobs first, and take no others meanwhile."""
+    site = deploy("zeo", REDIS)
+    web, worker = site.web(), site.worker("-P", pool)
+    with connect(REDIS) as connection:
+        redis = connection.default_channel.client
+        for number, garbage in enumerate(NO_MESSAGES, 1):
+            redis.lpush(site.queue, garbage)
+            until(
+                lambda number=number: (
+                    worker.poll() is not None
+                    or site.log(worker.log).count("a message that is none") == number
+                )
+            )
+            assert worker.poll() is None
+    web.ended_well(web.sell())
+
+
 def length(connection, queue):
     """Return how many messages wait; 0 where nobody has declared the queue yet."""
     with suppress(NotFound), connection.channel() as channel:
