@@ -292,9 +292,9 @@ class Worker:
                     log.info("job %r: again in %.2f s after %s", job.sid, pause, why)
                 return pause
             case JobTaken():
-                log.info("%s", error)
+                log.info("job %r ends: %r", job.sid, error)
             case JobDismissed():
-                log.info("%s", error)
+                log.info("job %r ends: %r", job.sid, error)
                 transact(self.store, lambda table: self._dismiss(job, table))
             case JobStopped():
                 self._give_back(job, error)
@@ -313,7 +313,7 @@ class Worker:
             self._fail(job, error, failure_of(error, self.store.explain(error)))
 
     def _give_back(self, job: Job, why: Any) -> None:
-        log.info("job %r is given back: %s", job.sid, why)
+        log.info("job %r is given back: %r", job.sid, why)
         transact(self.store, lambda table: self._release(job, table))
 
     def _not_ours(self, job: Job, record: JobRecord | None) -> None:

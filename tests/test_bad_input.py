@@ -17,7 +17,17 @@ from ZODB.POSException import StorageError
 
 from pyramid_async import manage
 from pyramid_async.context import ObjectGone, PersistentContext
-from pyramid_async.interfaces import BadRecord, InvalidTransition, JobFailed, NotSchedulable
+from pyramid_async.interfaces import (
+    BadRecord,
+    InvalidTransition,
+    JobDismissed,
+    JobFailed,
+    JobStopped,
+    JobTaken,
+    JobTimeout,
+    NotSchedulable,
+    OperationFailed,
+)
 from pyramid_async.jobs import JobRecord
 from pyramid_async.zodb import Large
 
@@ -521,6 +531,21 @@ def test_message_of_an_exception_forges_no_line_of_the_log(one, caplog):
     caplog.set_level("DEBUG")
     one.run(raise_forged)
     assert headlines(caplog)
+    assert not any("\n" in line for line in headlines(caplog))
+
+
+def raise_forged_as(kind):
+    raise kind(FORGED)
+
+
+@pytest.mark.parametrize(
+    "kind", [JobDismissed, JobTaken, JobStopped, JobTimeout, TransientError, OperationFailed]
+)
+def test_what_ends_a_job_forges_no_line_of_the_log(one, kind, caplog, monkeypatch):
+    caplog.set_level("DEBUG")
+    monkeypatch.setattr("pyramid_async.worker.time.sleep", lambda seconds: None)
+    sid = one.run(raise_forged_as, kind)
+    assert any(repr(sid) in line and "on fire" in line for line in headlines(caplog))
     assert not any("\n" in line for line in headlines(caplog))
 
 
