@@ -245,7 +245,7 @@ class IJobStore(Interface):
         """Return *value* as a payload for a record; raise `NotSchedulable` where it cannot be."""
 
     def size(payload: Any) -> int | None:
-        """Return the bytes of a payload that is an object of its own, else None."""
+        """Return about how many bytes a payload has, if that is more than 64 KiB, else None."""
 
     def unpack(payload: Any, table: Any) -> Any:
         """Return the value of a payload, its persistent objects loaded by *table*'s connection."""

@@ -187,7 +187,7 @@ class JobRecord(Persistent):
     reached = 0  # percent that an earlier attempt showed: progress never falls
     arguments: Any = None  # payload of (args, kw); None: there are none
     result: Any = None
-    result_size: int | None = None  # bytes as stored, of a large one
+    result_size: int | None = None  # about how many bytes, of a large one
     media_type: Any = None  # of a result that is a file
     failure: Failure | None = None
     exception: Any = None
@@ -373,7 +373,7 @@ class JobStatus:
     attempts: int = 0
     failure: Failure | None = None
     media_type: str | None = None  # of a result that is a file
-    result_size: int | None = None  # bytes as stored, where that is more than 64 KiB in the ZODB
+    result_size: int | None = None  # about how many bytes, where that is more than 64 KiB
 
 
 # Visible changes of one attempt that a revision leaves room for.

@@ -24,6 +24,10 @@ from .process import Identity, at_rest, renew_in_children
 # Longest wait for another transaction between its vote and its finish, seconds.
 VOTE_TIMEOUT = 10.0
 
+# Characters: up to here a result's size is not noted, and how far it is counted.
+SMALL = 64 * 1024
+COUNTED = 8 * 1024 * 1024
+
 
 @implementer(IJobStore)
 class RamStore:
@@ -109,8 +113,17 @@ class RamStore:
         # Copies, or else an attempt would find what an earlier one made of its arguments.
         return map_references(value, refer_to, (Persistent, PersistentContext), copies=True)
 
-    def size(self, payload: Any) -> None:
-        """Return None: it is not known."""
+    def size(self, payload: Any) -> int | None:
+        """See IJobStore: at least so many; what is large is not counted to its end."""
+        waiting, size = [payload], 0
+        while waiting and size < COUNTED:
+            each = waiting.pop()
+            if isinstance(each, dict):
+                waiting += [*each, *each.values()]
+            elif isinstance(each, list | tuple | set | frozenset):
+                waiting += each
+            size += len(each) if isinstance(each, str | bytes) else 1
+        return size if size > SMALL else None
 
     def unpack(self, payload: Any, table: RamTable) -> Any:
         if isinstance(payload, FileResult):

@@ -396,6 +396,14 @@ def test_larger_json_is_only_linked(web, text, times):
     assert web.get(url + "/results").json == text * times
 
 
+@pytest.mark.parametrize("part", ["x", [0]])
+def test_much_larger_result_is_not_looked_at_for_the_document(web, part, monkeypatch):
+    """To write 20 MB of JSON, and only see that it is too long, took half a second each time."""
+    url = web.url(repeat, part, 600_000)
+    monkeypatch.setattr("pyramid_async.views.outcome", None)
+    assert "result" not in web.done(url)
+
+
 def test_limit_of_what_is_shown_inside_is_a_setting():
     with browser({"async.inline_limit": "4"}) as web:
         assert web.finished(echo, "é")[1]["result"] == "é"
