@@ -172,7 +172,9 @@ def test_bells_that_find_no_room_are_left_to_recovery(black_hole, monkeypatch):
     monkeypatch.setattr(bells, "BROKER_TIMEOUT", 60.0)
     settings = {"async.max_pending": "2"}
     with client(f"amqp://127.0.0.1:{black_hole}//", **settings) as web:
-        sids = [sid_of(web.start(echo)) for _ in range(5)]
+        sids = [sid_of(web.start(echo))]
+        until(lambda: web.scheduler.executor.room() == 2)  # the thread has taken it, and hangs
+        sids += [sid_of(web.start(echo)) for _ in range(4)]
         assert web.scheduler.executor.room() == 0
         assert web.scheduler.executor.bells._waiting.qsize() <= 2
         assert all(web.scheduler.transact(lambda s, sid=sid: s.status(sid)) for sid in sids)
