@@ -136,8 +136,11 @@ class Kept:
 
 
 def connections_of(tm: Any, db: Any) -> list[Any]:
-    """Return the open connections to a database that take part in a manager's transactions."""
+    """Return the open connections to a database that take part in a manager's transactions.
+
+    But for historical ones, which know no later jobs and store none.
+    """
     # Every open connection is a synchronizer of its manager; nothing public lists them.
     known = (weak() for weak in tm._synchs.as_weakref_list())
     ours = (c for c in known if isinstance(c, Connection) and c.db() is db)
-    return [connection for connection in ours if connection.opened is not None]
+    return [each for each in ours if each.opened is not None and each.before is None]

@@ -2429,6 +2429,21 @@ def test_a_connection_that_was_open_before_is_used(web, key):
 
 
 @with_zodb
+def test_a_historical_connection_that_was_open_before_is_not_used(web, key):
+    """It knows nothing of later jobs, and stores none."""
+    database = web.databases[""]
+    with database.transaction() as connection:
+        connection.root()["later"] = True
+    tm = transaction.TransactionManager(explicit=True)
+    past = database.open(tm, before=database.lastTransaction())
+    with tm:
+        sid = web.scheduler.using(tm=tm).schedule(note, key)
+        assert "later" not in past.root()
+    past.close()
+    web.wait(sid)
+
+
+@with_zodb
 def test_database_closes_after_an_explicit_manager_was_used(web):
     tm = transaction.TransactionManager(explicit=True)
     with tm:
