@@ -23,6 +23,8 @@ OF_THE_BODY = {"content-encoding", "content-length", "content-type"}
 _KEY = "pyramid_async.resources"
 # What drivers of SQL databases raise when theirs is away (PEP 249); they have no base in common.
 OUTAGES = {"OperationalError", "InterfaceError"}
+# What tells a statement that is wrong from these: codes of SQLite, and of MySQL for a column.
+SQLITE_ERROR, BAD_FIELD = 1, 1054
 # Seconds after which a full store may have room.
 FULL_RETRY = 5
 
@@ -143,4 +145,10 @@ def broken(error: Exception, request: Any) -> Any:
 def is_outage(error: Exception) -> bool:
     """Say whether a database is away; of RelStorage's only the driver tells."""
     names = {kind.__name__ for kind in type(error).__mro__}
-    return isinstance(error, TransientError) or bool(OUTAGES & names)
+    return isinstance(error, TransientError) or bool(OUTAGES & names and not is_mistake(error))
+
+
+def is_mistake(error: BaseException) -> bool:
+    """Say whether a statement names what is not there, or cannot be understood."""
+    error = error.__cause__ or error  # SQLAlchemy's has the driver's as its cause
+    return getattr(error, "sqlite_errorcode", 0) == SQLITE_ERROR or error.args[:1] == (BAD_FIELD,)

@@ -6,6 +6,7 @@ import re
 import sqlite3
 import time
 from base64 import b64encode
+from contextlib import closing
 from functools import partial
 from uuid import uuid4
 
@@ -1080,6 +1081,52 @@ def test_database_out_of_reach_is_a_503_that_says_when(web, monkeypatch, error, 
         assert response.headers["Retry-After"] == "1"
         assert "disconnected" in caplog.text
         caplog.clear()
+
+
+class OperationalError(Exception):
+    """As drivers of MySQL have it, and SQLAlchemy for any driver."""
+
+
+def no_such_table():
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.execute("select * from nowhere")
+
+
+def no_such_table_in_sqlalchemy():
+    try:
+        no_such_table()
+    except sqlite3.OperationalError as error:
+        raise OperationalError(f"(sqlite3.OperationalError) {error}") from error
+
+
+def no_such_column_in_mysql():
+    raise OperationalError(1054, "Unknown column 'nothing' in 'SELECT'")
+
+
+def no_database():
+    sqlite3.connect("/nowhere/nothing.sqlite")
+
+
+def no_server():
+    raise OperationalError(2003, "Can't connect to MySQL server on '127.0.0.1'")
+
+
+@pytest.mark.parametrize(
+    ("fail", "status"),
+    [
+        (no_such_table, 500),
+        (no_such_table_in_sqlalchemy, 500),
+        (no_such_column_in_mysql, 500),
+        (no_database, 503),
+        (no_server, 503),
+    ],
+)
+def test_statement_that_is_wrong_is_no_outage(web, monkeypatch, fail, status):
+    url = web.url(echo)
+    monkeypatch.setattr(web.scheduler.store, "table", lambda *args: fail())
+    response = web.get(url, status=status)
+    monkeypatch.undo()
+    assert ("errorID" in is_problem(response)) == (status == 500)
 
 
 def test_answer_of_a_tween_above_the_router_is_marked_too():
