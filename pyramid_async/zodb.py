@@ -476,6 +476,8 @@ class ZodbTable:
             found = [item for tree in group for item in tree.items()]
             self._fetch(record for _, record in found)
             yield from found
+            # By itself only at the end of the transaction: all records would be in memory by then.
+            self.connection.cacheGC()
 
     def _fetch(self, objects: Any) -> None:
         """Let a storage that is a server's send what is missing, all at once."""

@@ -892,6 +892,17 @@ def test_server_is_asked_for_what_is_not_in_the_cache_in_few_parts(zodb_store):
     assert len(asked) <= 2 * 256 / 16
 
 
+def test_look_at_many_records_keeps_no_more_in_memory_than_the_cache_may_hold(zodb_store):
+    zodb_store.db.setCacheSize(10)
+    for number in range(200):
+        add(zodb_store, f"{number:02x}")
+    with view(zodb_store) as seen:
+        connection = seen.table.connection
+        most = max(connection._cache.cache_non_ghost_count for _ in seen.table.all_unfinished())
+        # Those of 16 trees at once, and the trees.
+        assert most < 10 + 2 * 16 + 10
+
+
 def test_finished_record_leaves_the_unfinished_ones_when_it_is_archived(store):
     add(store)
     with committed(store) as seen:
