@@ -34,7 +34,7 @@ from pyramid_async.scheduler import (
     TransactionalScheduler,
     executor_for,
 )
-from pyramid_async.threads import exit_on_sigterm, stop_all
+from pyramid_async.threads import exit_on_sigterm, stop_all, stop_together
 from pyramid_async.transactional import pending
 from pyramid_async.worker import Worker
 from pyramid_async.zodb import OpenedBeforeFork, ZodbStore
@@ -514,39 +514,54 @@ def test_job_that_does_not_end_in_time_is_given_back_and_has_lost_no_attempt(db,
     assert (CALLS[key], one.told) == ([1, 1], [])
 
 
-def test_jobs_that_wait_are_not_begun_any_more(db, key, at):
+def test_jobs_that_wait_are_not_begun_any_more_and_left_to_who_is_next(db, key, at):
     with process("zodb", db, workers=1) as one:
         one.schedule(behind_gate, at)
         GATES[at].reach()
         waiting = [one.schedule(note, key) for _ in range(3)]
-        one.executor.stop(0.01)
-        GATES[at].opened.set()
-        for thread in one.executor.threads:
-            thread.join(10)
+        one.executor.tell = GATES[at].opened.set
+        one.executor.stop(10)
         assert CALLS[key] == []
         assert {one.status(sid).status for sid in waiting} == {"accepted"}
+        with process("zodb", db, workers=1) as other:
+            other.recovery.look()
+            for sid in waiting:
+                other.wait(sid)
 
 
-def test_jobs_that_wait_are_given_back_where_other_processes_can_take_them(db, key, at):
+def test_jobs_that_wait_are_given_back_at_once_and_those_that_run_at_the_end(db, key, at, wait_for):
     class Shared(ZodbStore):
         exclusive = False
 
     store = Shared(db)
     store.install()
     one = Process(store, db, workers=1)
-    one.schedule(behind_gate, at)
+    one.executor.recovery = one.recovery
+    running = one.schedule(behind_gate, at)
     GATES[at].reach()
     sid = one.schedule(note, key)
     assert one.record(sid)["holder"] == store.process
-    one.executor.stop(0.01)
+    stopping = threading.Thread(target=one.executor.stop, args=[20])
+    stopping.start()
+    wait_for(lambda: one.record(sid).get("holder") is None, 10)  # and not at the end of its time
     GATES[at].opened.set()
-    assert one.record(sid).get("holder") is None
+    stopping.join(20)
+    assert one.status(running).status == "successful"
     assert one.record(sid).get("attempts", 0) == 0
     other = Process(Shared(db), db)
     other.worker.run(sid, None)
     assert CALLS[key] == [None]
     for thread in one.executor.threads:
         thread.join(10)
+
+
+def test_jobs_of_all_executors_are_told_before_one_of_them_is_waited_for(db, at):
+    with process("zodb", db, workers=1) as one, process("zodb", db, workers=1) as other:
+        sid = one.schedule(at_gate, at)
+        GATES[at].reach()
+        other.executor.tell = GATES[at].opened.set
+        stop_together([one.executor, other.executor])
+        assert one.status(sid).status == "successful"
 
 
 def test_stop_while_the_threads_are_started_stops_them(db, monkeypatch):
