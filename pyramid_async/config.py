@@ -186,7 +186,6 @@ def start(event: Any) -> None:
     executor = scheduler.executor
     if idle.get():
         executor.stop(0)  # never started, and never to be
-        scheduler.worker.keeps = False
     elif scheduler.store.exclusive and scheduler.settings["workers"] == 0:
         log.warning(
             "async.workers is 0 and no other process can see the jobs, in RAM or in a database that"

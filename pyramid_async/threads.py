@@ -160,6 +160,7 @@ class ThreadExecutor:
     def stop(self, timeout: float | None = None) -> None:
         """See IExecutor.  A durable store keeps the jobs that wait, and those that do not end."""
         self.stopped = True
+        self.worker.keeps = False  # what is scheduled from now on is anybody's
         _started.discard(self)
         if self._pid != os.getpid():
             return
@@ -174,7 +175,6 @@ class ThreadExecutor:
         self.recovery.stop(max(0.0, deadline - time.monotonic()) + GIVE_BACK)
         # Whoever uses the database next in this very process takes what waited here.
         self.worker.store.identity.end()
-        self.worker.keeps = False
         if self.worker.running:
             log.warning("stopped with jobs still running: %s", ", ".join(self.worker.running))
 

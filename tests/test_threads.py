@@ -307,6 +307,7 @@ def test_hook_never_raises_after_the_stop(db, key):
         sid = one.schedule(note, key)
         assert one.status(sid).status == "accepted"
         assert one.executor.held == set()
+        assert one.record(sid).get("holder") is None  # anybody may run it
 
 
 @both_stores
@@ -544,6 +545,7 @@ def test_jobs_that_wait_are_given_back_at_once_and_those_that_run_at_the_end(db,
     stopping = threading.Thread(target=one.executor.stop, args=[20])
     stopping.start()
     wait_for(lambda: one.record(sid).get("holder") is None, 10)  # and not at the end of its time
+    assert one.record(one.schedule(note, key)).get("holder") is None
     GATES[at].opened.set()
     stopping.join(20)
     assert one.status(running).status == "successful"
