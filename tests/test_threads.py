@@ -559,7 +559,7 @@ def test_jobs_that_wait_are_given_back_at_once_and_those_that_run_at_the_end(db,
 
 def test_jobs_of_all_executors_are_told_before_one_of_them_is_waited_for(db, at):
     with process("zodb", db, workers=1) as one, process("zodb", db, workers=1) as other:
-        sid = one.schedule(at_gate, at)
+        sid = one.schedule(behind_gate, at)
         GATES[at].reach()
         other.executor.tell = GATES[at].opened.set
         stop_together([one.executor, other.executor])
