@@ -99,9 +99,9 @@ def refuse_two_connections(txn: Any) -> None:
 def _check(txn: Any) -> None:
     flush(txn)
     databases = [r.db() for r in txn._resources if isinstance(r, Connection)]
-    with failing_for_good(txn):
-        for db in databases:
-            if databases.count(db) > 1:
+    for db in databases:
+        if databases.count(db) > 1:
+            with failing_for_good(txn):
                 raise TwoConnections(db.database_name)
 
 
@@ -141,6 +141,6 @@ def connections_of(tm: Any, db: Any) -> list[Any]:
     But for historical ones, which know no later jobs and store none.
     """
     # Every open connection is a synchronizer of its manager; nothing public lists them.
-    known = (weak() for weak in tm._synchs.as_weakref_list())
-    ours = (c for c in known if isinstance(c, Connection) and c.db() is db)
-    return [each for each in ours if each.opened is not None and each.before is None]
+    found = [reference() for reference in tm._synchs.as_weakref_list()]
+    ours = [c for c in found if isinstance(c, Connection) and c.db() is db]
+    return [c for c in ours if c.opened is not None and c.before is None]

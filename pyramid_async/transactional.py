@@ -271,10 +271,10 @@ def flush(txn: Any) -> None:
     zope.sqlalchemy does it in the commit, where the storage is locked already: it would wait for
     ever for a row of another transaction that waits for the storage.
     """
-    with failing_for_good(txn):
-        for resource in txn._resources:  # which may grow: a flush may write through another one
-            session: Any = getattr(resource, "session", None)
-            if hasattr(session, "flush"):
+    for resource in txn._resources:  # which may grow: a flush may write through another one
+        session: Any = getattr(resource, "session", None)
+        if hasattr(session, "flush"):
+            with failing_for_good(txn):
                 session.flush()
 
 
