@@ -226,7 +226,7 @@ class JobRecord(Persistent):
         """
         if self.status == RUNNING:
             return self.signature == signature
-        return not self.done and self.signature is None and self.holder == holder
+        return self.status == ACCEPTED and self.signature is None and self.holder == holder
 
     def claim(self, process: str, signature: str, now: float) -> None:
         """Give the job to one attempt; whatever another one does to it from now on conflicts."""
