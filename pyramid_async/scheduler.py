@@ -430,13 +430,12 @@ class PersistentTransactionalScheduler(Persistent):
 
     timeout = 3600.0  # seconds that a finished job is kept for who may still ask
     workers = 4  # threads in each process, started at the first use
-    shards = 128  # objects that the jobs spread over; of two in one at once, one conflicts
 
     def __init__(self, timeout: float | None = None) -> None:
         """*timeout*: seconds that a finished job is kept."""
         if timeout is not None:
             self.timeout = timeout
-        self.records = JobRoot(self.shards)
+        self.records = JobRoot()
 
     def schedule(self, f: Any, /, *args: Any, **kw: Any) -> str:
         """See IScheduler."""

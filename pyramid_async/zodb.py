@@ -73,10 +73,10 @@ class JobRoot(Persistent):
 
     format = 1  # what it is where none is stored: stays, when FORMAT grows
 
-    def __init__(self, shards: int = SHARDS) -> None:
-        self.unfinished = tuple(OOBTree() for _ in range(shards))  # sid -> JobRecord
-        self.finished = tuple(OOBTree() for _ in range(shards))  # sid -> JobRecord
-        self.keys = tuple(OOBTree() for _ in range(shards))  # key -> sid, also of finished jobs
+    def __init__(self) -> None:
+        self.unfinished = tuple(OOBTree() for _ in range(SHARDS))  # sid -> JobRecord
+        self.finished = tuple(OOBTree() for _ in range(SHARDS))  # sid -> JobRecord
+        self.keys = tuple(OOBTree() for _ in range(SHARDS))  # key -> sid, also of finished jobs
         # Written by maintenance alone; of removed records too, until their time is over.
         # (minute, sid) -> span, where one of `ended` has it; or None: only what is large goes then.
         self.expiry = OOBTree()
