@@ -1985,6 +1985,27 @@ def tm_is_shared():
     )
 
 
+@pytest.mark.parametrize("kind", SOME)
+def test_requests_of_all_jobs_are_of_one_class_in_each_application(kind):
+    KINDS.clear()
+    with site(**{**ALL[kind], "configure": add_ons}) as web:
+        assert [web.run(note_kind) for _ in range(2)] == [True, True]
+    with site(**ALL[kind]) as web:
+        assert web.run(note_kind) is False
+    assert KINDS[0] is KINDS[1]
+    assert KINDS[0] is not KINDS[2]
+
+
+KINDS = []
+
+
+def note_kind():
+    """Say whether the job's request has what other add-ons give it."""
+    request = current_job().request
+    KINDS.append(type(request))
+    return hasattr(request, "lang")
+
+
 class OwnRequest(Request):
     shape = "of the application"
 
