@@ -14,12 +14,14 @@ from concurrent.futures import process as process_pools
 from concurrent.futures import thread as pools
 from contextlib import suppress
 from contextvars import Context
+from multiprocessing.util import register_after_fork
 from typing import Any
 
 import transaction
 from zope.interface import implementer
 
 from .attempt import end_transaction
+from .current import current_job
 from .interfaces import IExecutor
 from .jobs import FRESH
 from .process import Exit
@@ -261,3 +263,16 @@ def exit_on_sigterm() -> None:
 def _exit(signum: int, frame: Any) -> None:
     Exit.asked = True
     sys.exit(128 + signum)
+
+
+def _forget(handler: Any) -> None:
+    """Let SIGTERM end a child of ``multiprocessing`` at once again.
+
+    Who sends it there, such as ``Pool.terminate``, means to kill and then waits for the end.  Our
+    handler has no place there, and in a child of a job neither has the server's or Celery's.
+    """
+    if current_job().sid is not None or signal.getsignal(signal.SIGTERM) is handler:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+register_after_fork(_exit, _forget)

@@ -41,7 +41,7 @@ MAP = {
     "failures": ("interfaces jobs", ""),
     "attempt": ("interfaces jobs transactional current failures", "transaction ZODB"),
     "worker": ("interfaces jobs transactional current failures attempt", "transaction"),
-    "threads": ("interfaces jobs process attempt worker", "transaction zope"),
+    "threads": ("interfaces jobs process current attempt worker", "transaction zope"),
     "recovery": ("interfaces jobs process transactional", "persistent transaction ZODB"),
     "scheduler": (
         "interfaces jobs process transactional current ram zodb worker threads recovery",

@@ -1066,6 +1066,56 @@ def test_sigterm_goes_to_the_handler_of_the_application():
 
 
 @pytest.mark.slow
+def test_sigterm_ends_a_child_of_multiprocessing_at_once():
+    """That of a pool would take SystemExit for the outcome of a call, and never be gone."""
+    run = python(
+        """
+        import multiprocessing, time
+        from pyramid_async.threads import exit_on_sigterm
+
+        def deaf(begun):
+            try:
+                begun.set()
+                time.sleep(60)
+            except BaseException as error:
+                print("goes on after", repr(error), flush=True)
+
+        exit_on_sigterm()
+        context = multiprocessing.get_context("fork")
+        begun = context.Event()
+        child = context.Process(target=deaf, args=[begun])
+        child.start()
+        assert begun.wait(20)
+        child.terminate()
+        child.join(20)
+        print(child.exitcode)
+        """
+    )
+    assert run.stdout == f"{-signal.SIGTERM}\n"
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_child_of_a_job_whatever_the_server_does():
+    """With gunicorn's handler, which lets the process go on, ``Pool.terminate`` waits for ever."""
+    run = python(
+        PROGRAM.replace(
+            "    scheduler = ",
+            """
+    def pooled_in_processes():
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            pool.map(abs, [-1])
+        begun.set()
+
+    import multiprocessing
+    signal.signal(signal.SIGTERM, lambda *args: None)
+    scheduler = """,
+        ),
+        "pooled_in_processes",
+    )
+    assert run.stdout.split() == ["begun"]
+
+
+@pytest.mark.slow
 def test_idle_pool_does_not_hold_the_exit():
     run = python(
         """
