@@ -372,8 +372,8 @@ def _culprit(value: Any, connection: Any) -> Any:
     # What many parts refer to is tried with each of them, and who is told of the fault waits.
     end = monotonic() + SEARCH
     while True:
-        parts = (part for part in _parts(value) if id(part) not in seen)
-        timely = takewhile(lambda _: monotonic() < end, parts)
+        unseen = (part for part in parts(value) if id(part) not in seen)
+        timely = takewhile(lambda _: monotonic() < end, unseen)
         faulty = next((part for part in timely if not _is_storable(part, connection)), None)
         if faulty is None:
             return value
@@ -381,7 +381,8 @@ def _culprit(value: Any, connection: Any) -> Any:
         seen.add(id(value))
 
 
-def _parts(value: Any) -> Iterable[Any]:
+def parts(value: Any) -> Iterable[Any]:
+    """Return what a container holds; of anything else nothing."""
     if isinstance(value, dict):
         return [*value, *value.values()]
     return value if isinstance(value, list | tuple | set | frozenset) else ()

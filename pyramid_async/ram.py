@@ -16,7 +16,7 @@ from zope.interface import implementer
 
 from .conflicts import explain
 from .connections import Connections
-from .context import PersistentContext, map_references, refer, resolve_references
+from .context import PersistentContext, map_references, parts, refer, resolve_references
 from .interfaces import IJobStore, IJobTable, NotSchedulable, SchedulerFull
 from .jobs import FileResult, JobRecord, name_of
 from .process import Identity, at_rest, renew_in_children
@@ -24,9 +24,10 @@ from .process import Identity, at_rest, renew_in_children
 # Longest wait for another transaction between its vote and its finish, seconds.
 VOTE_TIMEOUT = 10.0
 
-# Characters: up to here a result's size is not noted, and how far it is counted.
+# Characters and items: up to here a result's size is not noted, and how far it is counted.
 SMALL = 64 * 1024
-COUNTED = 8 * 1024 * 1024
+COUNTED = 1024 * 1024
+SIZED = (str, bytes, dict, list, tuple, set, frozenset)
 
 
 @implementer(IJobStore)
@@ -118,11 +119,9 @@ class RamStore:
         waiting, size = [payload], 0
         while waiting and size < COUNTED:
             each = waiting.pop()
-            if isinstance(each, dict):
-                waiting += [*each, *each.values()]
-            elif isinstance(each, list | tuple | set | frozenset):
-                waiting += each
-            size += len(each) if isinstance(each, str | bytes) else 1
+            size += len(each) if isinstance(each, SIZED) else 1
+            if size < COUNTED:
+                waiting += parts(each)
         return size if size > SMALL else None
 
     def unpack(self, payload: Any, table: RamTable) -> Any:
