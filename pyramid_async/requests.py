@@ -68,13 +68,13 @@ class RequestSurroundings(Surroundings):
         request.environ[OWNER] = record.owner
         # As `pyramid.scripting.prepare`, but for the class.
         registry = request.registry
-        extensions = registry.getUtility(IRequestExtensions)  # `scheduler` is one
-        properties = tuple(extensions.descriptors.items())
-        request.__class__ = with_owner(type(request), properties)  # type: ignore[arg-type]
-        for name, method in extensions.methods.items():
-            setattr(request, name, method.__get__(request))
         self._depth = len(threadlocals.stack)
         threadlocals.push({"registry": registry, "request": request})
+        extensions = registry.getUtility(IRequestExtensions)  # `scheduler` is one
+        for name, method in extensions.methods.items():
+            setattr(request, name, method.__get__(request, type(request)))
+        properties = tuple(extensions.descriptors.items())
+        request.__class__ = with_owner(type(request), properties)  # type: ignore[arg-type]
         root = registry.queryUtility(IRootFactory, default=DefaultRootFactory)(request)
         if getattr(request, "context", None) is None:
             request.context = root

@@ -1961,6 +1961,25 @@ def add_ons(config):
     config.add_request_method(lambda request, name: f"hello {name}", "greet")
     config.add_request_method(lambda request: f"lang of {request.host}", "lang", reify=True)
     config.add_request_method(lambda request: request.tm, "session_like", property=True)
+    config.add_request_method(Decorated(), "decorated")
+    config.add_request_method(lambda request: "of an add-on", "tenant")
+    config.commit()
+    config.add_request_method(property(lambda request: "ours"), "tenant", property=True)
+
+
+class Decorated:
+    """What the class of a decorator makes of a function: it wants to know the owner too."""
+
+    def __call__(self, request):
+        return request.host
+
+    def __get__(self, request, owner):
+        return partial(self, request)
+
+
+def use_odd_methods():
+    request = current_job().request
+    return [request.decorated(), request.tenant]
 
 
 def greet_from_job(name):
@@ -1973,6 +1992,7 @@ def test_request_methods_of_other_add_ons_work_in_a_job(kind):
         assert web.run(greet_from_job, "ann") == "hello ann"
         assert web.run(look_around, "lang") == ["lang of localhost:80"]
         assert web.run(tm_is_shared) is True
+        assert web.run(use_odd_methods) == ["localhost:80", "ours"]
 
 
 def tm_is_shared():
