@@ -271,11 +271,14 @@ def flush(txn: Any) -> None:
     zope.sqlalchemy does it in the commit, where the storage is locked already: it would wait for
     ever for a row of another transaction that waits for the storage.
     """
-    for resource in txn._resources:  # which may grow: a flush may write through another one
-        session: Any = getattr(resource, "session", None)
-        if hasattr(session, "flush"):
-            with failing_for_good(txn):
+    try:
+        for resource in txn._resources:  # which may grow: a flush may write through another one
+            session: Any = getattr(resource, "session", None)
+            if hasattr(session, "flush"):
                 session.flush()
+    except BaseException:
+        with failing_for_good(txn):
+            raise
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from bare import Clock, LosesReply, memory
 from BTrees.OOBTree import OOBTree
 from persistent import Persistent
 from transaction.interfaces import TransactionFailedError
-from webapp import GATES, SqlSession, refused_once
+from webapp import GATES, Barrier, SqlSession, refused_once
 from ZODB.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import ConflictError
@@ -539,12 +539,24 @@ def refused_sql(persistent):
     return ZeroDivisionError
 
 
+def session_out_of_reach(persistent):
+    class Lazy(Barrier):
+        """Its session connects when it is asked for."""
+
+        @property
+        def session(self):
+            raise ZeroDivisionError
+
+    transaction.get().join(Lazy(None, None, "~lazy"))
+    return ZeroDivisionError
+
+
 def second_connection(persistent):
     persistent.db.open().root()["second"] = 1
     return TwoConnections
 
 
-@pytest.mark.parametrize("spoil", [refused_sql, second_connection])
+@pytest.mark.parametrize("spoil", [refused_sql, session_out_of_reach, second_connection])
 def test_commit_that_we_refuse_is_not_made_by_who_commits_once_more(persistent, spoil):
     sid = persistent.scheduler.schedule(show)
     persistent.root["first"] = 1
