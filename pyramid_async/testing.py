@@ -132,7 +132,8 @@ class ManualExecutor:
     def _take_over(self) -> None:
         self._undo.callback(self._close)
         _replace(self._undo, self._scheduler, executor=self)
-        _replace(self._undo, self.worker, surroundings=self._apart, later=self.later, keeps=True)
+        _replace(self._undo, self.worker, surroundings=self._apart, later=self.later)
+        _replace(self._undo, self.worker, keeps=True, stops=False)
         _replace(self._undo, self.worker, _fail=partial(self._fail, self.worker._fail))
         _replace(self._undo, self.store, clock=self.clock)
         # Without room its threads take nothing, nor does its recovery; and a scheduler that was

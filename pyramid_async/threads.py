@@ -162,7 +162,7 @@ class ThreadExecutor:
     def stop(self, timeout: float | None = None) -> None:
         """See IExecutor.  A durable store keeps the jobs that wait, and those that do not end."""
         self.stopped = True
-        self.worker.keeps = False  # what is scheduled from now on is anybody's
+        self.worker.stops = True  # what is scheduled from now on is anybody's
         _started.discard(self)
         if self._pid != os.getpid():
             return

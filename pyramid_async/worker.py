@@ -73,6 +73,7 @@ class Worker:
         self.result_timeout = result_timeout
         self.notify = notify  # called with (sid, status) for every change that is told
         self.keeps = True  # jobs wait in a queue of this process, and need no claim from there
+        self.stops = False  # nothing more enters that queue
         self.later: Callable[[float, str], None] = lambda when, sid: None
         self.running: dict[str, Job] = {}
         self.ended: dict[str, Live] = {}  # what the last attempts showed at their end
@@ -80,7 +81,12 @@ class Worker:
 
     @property
     def holder(self) -> str | None:
-        """In whose queue waits what is scheduled here: this process's, or a broker's (None)."""
+        """In whose queue waits what is scheduled here: this process's, or anybody's (None)."""
+        return None if self.stops else self._queue
+
+    @property
+    def _queue(self) -> str | None:
+        """From whose queue jobs are run without a claim."""
         return self.store.process if self.keeps else None
 
     def run(self, sid: str, seen: int | None = FRESH) -> bool:
@@ -91,7 +97,7 @@ class Worker:
 
         Returns False when the storage knows no such job.
         """
-        job = Job(sid, self.holder, self.store.clock)
+        job = Job(sid, self._queue, self.store.clock)
         last = self.ended.get(sid)
         if last is not None:
             # Its end may have been recorded nowhere, and the revision still be the same.

@@ -557,6 +557,26 @@ def test_jobs_that_wait_are_given_back_at_once_and_those_that_run_at_the_end(db,
         thread.join(10)
 
 
+def test_job_that_is_taken_the_moment_the_process_stops_waits_for_nobody(
+    db, key, monkeypatch, wait_for
+):
+    """A thread that has just taken it knows nothing of the stop."""
+    with process("zodb", db, workers=1) as one:
+        run, taken = one.worker.run, threading.Event()
+
+        def late(sid, seen):
+            taken.set()
+            wait_for(lambda: one.worker.holder is None)
+            return run(sid, seen)
+
+        monkeypatch.setattr(one.worker, "run", late)
+        monkeypatch.setattr(one.worker, "give_back", lambda sids: None)  # a moment too late for it
+        sid = one.schedule(note, key)
+        wait_for(taken)
+        one.executor.stop(10)
+        assert one.status(sid).status == "successful"
+
+
 def test_jobs_of_all_executors_are_told_before_one_of_them_is_waited_for(db, at):
     with process("zodb", db, workers=1) as one, process("zodb", db, workers=1) as other:
         sid = one.schedule(behind_gate, at)
