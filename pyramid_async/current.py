@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from .interfaces import JobInterrupted, JobTimeout
 from .jobs import Failure, Live
@@ -161,15 +161,19 @@ def current_job() -> Job | NoJob:
 class running:
     """Context manager: make a job the current one."""
 
+    jobs: ClassVar[set[Job]] = set()  # of this process, in all its threads
+
     def __init__(self, job: Job) -> None:
         self.job = job
 
     def __enter__(self) -> Job:
+        self.jobs.add(self.job)
         self.token = _current.set(self.job)
         return self.job
 
     def __exit__(self, *exc: object) -> None:
         _current.reset(self.token)
+        self.jobs.discard(self.job)
 
 
 class Changes:

@@ -21,7 +21,7 @@ import transaction
 from zope.interface import implementer
 
 from .attempt import end_transaction
-from .current import current_job
+from .current import running
 from .interfaces import IExecutor
 from .jobs import FRESH
 from .process import Exit
@@ -271,7 +271,8 @@ def _forget(handler: Any) -> None:
     Who sends it there, such as ``Pool.terminate``, means to kill and then waits for the end.  Our
     handler has no place there, and in a child of a job neither has the server's or Celery's.
     """
-    if current_job().sid is not None or signal.getsignal(signal.SIGTERM) is handler:
+    # Of any job: a pool replaces its processes from a thread of its own, which is outside of it.
+    if running.jobs or signal.getsignal(signal.SIGTERM) is handler:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

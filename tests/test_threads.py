@@ -1115,22 +1115,36 @@ def test_sigterm_ends_a_child_of_multiprocessing_at_once():
 
 
 @pytest.mark.slow
-def test_sigterm_ends_a_child_of_a_job_whatever_the_server_does():
+@pytest.mark.parametrize("job", ["pooled_in_processes", "pooled_in_new_processes"])
+def test_sigterm_ends_a_child_of_a_job_whatever_the_server_does(job):
     """With gunicorn's handler, which lets the process go on, ``Pool.terminate`` waits for ever."""
     run = python(
         PROGRAM.replace(
             "    scheduler = ",
             """
     def pooled_in_processes():
-        with multiprocessing.get_context("fork").Pool(1) as pool:
+        with context.Pool(1) as pool:
             pool.map(abs, [-1])
         begun.set()
 
+    def busy():
+        at_work.set()
+        time.sleep(60)
+
+    def pooled_in_new_processes():
+        with context.Pool(1, maxtasksperchild=1) as pool:
+            pool.map(abs, [-1])
+            pool.apply_async(busy)  # in the second one, which a thread of the pool makes
+            at_work.wait(20)
+        begun.set()
+
     import multiprocessing
+    context = multiprocessing.get_context("fork")
+    at_work = context.Event()
     signal.signal(signal.SIGTERM, lambda *args: None)
     scheduler = """,
         ),
-        "pooled_in_processes",
+        job,
     )
     assert run.stdout.split() == ["begun"]
 
