@@ -195,6 +195,7 @@ class ThreadExecutor:
             self.worker.give_back([s for s in list(self.held) if s not in self.worker.running])
             self._join(deadline)
             self.worker.give_back_running()
+            self.worker.give_back(self.recovery.timed())
         except Exception:
             # Recovery finds them by the lease.
             log.exception("jobs could not be given back: %s", ", ".join(self.held))

@@ -80,6 +80,9 @@ class Still:
     def stop(self, timeout):
         pass
 
+    def timed(self):
+        return []
+
 
 class Process:
     """The parts of one process.  Recovery takes its steps when the test says so.

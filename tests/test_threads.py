@@ -538,10 +538,12 @@ def test_jobs_that_wait_are_given_back_at_once_and_those_that_run_at_the_end(db,
     store.install()
     one = Process(store, db, workers=1)
     one.executor.recovery = one.recovery
+    later = one.schedule(note, key, run_after=3600)
+    wait_for(lambda: one.recovery.timed() == [later])
     running = one.schedule(behind_gate, at)
     GATES[at].reach()
     sid = one.schedule(note, key)
-    assert one.record(sid)["holder"] == store.process
+    assert one.record(sid)["holder"] == one.record(later)["holder"] == store.process
     stopping = threading.Thread(target=one.executor.stop, args=[20])
     stopping.start()
     wait_for(lambda: one.record(sid).get("holder") is None, 10)  # and not at the end of its time
@@ -550,6 +552,7 @@ def test_jobs_that_wait_are_given_back_at_once_and_those_that_run_at_the_end(db,
     stopping.join(20)
     assert one.status(running).status == "successful"
     assert one.record(sid).get("attempts", 0) == 0
+    assert one.record(later).get("holder") is None
     other = Process(Shared(db), db)
     other.worker.run(sid, None)
     assert CALLS[key] == [None]
