@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from uuid import uuid4
 
 import click
+from amqp.method_framing import frame_handler
 from celery import Celery
 from kombu import Connection, Producer
 from kombu.exceptions import ChannelError
@@ -30,6 +31,11 @@ LINKS = {"callbacks", "errbacks", "chain", "chord"}
 
 # What may be the id of a message; ours and Celery's are UUIDs.
 MESSAGE_ID = re.compile("[0-9A-Za-z-]{1,36}")
+
+# What RabbitMQ's client raises at properties of a message that RabbitMQ takes; and the type of the
+# frames that have them, and their first bytes, which tell the length of the message.
+ILLEGIBLE = (OverflowError, RecursionError, ValueError)
+HEADER, LENGTH = 2, slice(12)
 
 # What kombu raises at what is in Redis and no message at all, or half of one.
 UNREADABLE = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
@@ -348,7 +354,8 @@ def listen(url: str, queue_name: str) -> None:
         broker_url=url,
         task_default_queue=queue_name,
         broker_heartbeat=WORKER_TIMEOUT,
-        broker_transport_options=time_outs(url, WORKER_TIMEOUT),
+        # The latter is for RabbitMQ; Redis does not ask for it.
+        broker_transport_options={**time_outs(url, WORKER_TIMEOUT), "frame_handler": reader},
     )
 
 
@@ -404,6 +411,26 @@ def take_bells_alone(consumer: Any) -> Any:
                 time.sleep(REFUSED_PAUSE)
 
     return Consumer
+
+
+def reader(connection: Any, callback: Callable[..., Any]) -> Callable[[Any], bool]:
+    """Return what reads the frames of RabbitMQ, but where a message's properties cannot be read.
+
+    It has none then, and is refused, for it is no bell.  The error would end the connection, and
+    the message would be the first one of the next connection.
+    """
+    read: Callable[[Any], bool] = frame_handler(connection, callback)
+
+    def on_frame(frame: Any) -> bool:
+        try:
+            return read(frame)
+        except ILLEGIBLE:
+            kind, channel, content = frame
+            if kind != HEADER:
+                raise
+            return read((kind, channel, bytes(content[LENGTH]) + b"\0\0"))
+
+    return on_frame
 
 
 def going_on(loop: Callable[..., None]) -> Callable[..., None]:

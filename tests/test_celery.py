@@ -33,6 +33,7 @@ import pytest
 import redis
 import transaction
 import webapp
+from amqp.basic_message import Message
 from amqp.exceptions import (
     AccessRefused,
     AMQPNotImplementedError,
@@ -1824,6 +1825,39 @@ def test_what_is_no_message_in_redis_ends_no_worker(pool, deploy):
             )
             assert worker.poll() is None
     web.ended_well(web.sell())
+
+
+# What RabbitMQ takes as the properties of a message, and its client cannot read.
+NO_PROPERTIES = [
+    b"\x04\x00\x02\xff\xfe",  # a correlation id that is no UTF-8
+    # Headers with a time: milliseconds where seconds are meant, and what no clock shows.
+    b"\x20\x00\x00\x00\x00\x0b\x01tT" + struct.pack(">Q", 1_700_000_000_000),
+    b"\x20\x00\x00\x00\x00\x0b\x01tT" + b"\xff" * 8,
+    # Lists in lists.
+    struct.pack(">HI", 0x2000, 10_002)
+    + b"\x01t"
+    + b"".join(b"A" + struct.pack(">I", rest) for rest in range(9995, -1, -5)),
+]
+
+
+@services
+@slow
+@pytest.mark.parametrize("body", [b"", b"x"])
+def test_what_rabbitmqs_client_cannot_read_is_refused(body, deploy, monkeypatch):
+    """It would be the first message again after each new connection, of every worker."""
+    site = deploy("zeo", RABBITMQ)
+    web, worker = site.web(), site.worker()
+    web.ended_well(web.sell())
+    with connect(RABBITMQ) as connection:
+        for properties in NO_PROPERTIES:
+            with monkeypatch.context() as patch:
+                patch.setattr(Message, "_serialize_properties", lambda _, p=properties: p)
+                connection.default_channel.basic_publish(Message(body), routing_key=site.queue)
+    web.ended_well(web.sell())
+    assert worker.poll() is None
+    log = site.log(worker.log)
+    assert log.count("is no bell is refused") == len(NO_PROPERTIES)
+    assert log.count("Connected to amqp") == 1
 
 
 def length(connection, queue):
