@@ -185,7 +185,7 @@ class Methods:
         self.request = request
         self.scheduler = request.scheduler
         self.operations = self.scheduler.operations
-        self.given = 0  # bytes of results
+        self.read = 0  # bytes of results
         self.own = {
             "async.status": self.status,
             "async.result": self.job_result,
@@ -224,7 +224,7 @@ class Methods:
     def job_result(self, jobID: Any) -> Any:
         """Return the result where it is JSON; else say where it is, or why there is none."""
         job, value = self.find(jobID), NOTHING
-        if self.given < RESULTS_LIMIT:
+        if self.read < RESULTS_LIMIT:
             job, value = outcome(self.scheduler, jobID)
         if job.status == FAILED:
             raise RpcError(NO_RESULT, failure(job))
@@ -234,8 +234,9 @@ class Methods:
             raise RpcError(NO_RESULT, {"status": job.status})
         text = to_json(value)
         if text is None:  # nor are a file and NOTHING
+            self.read += job.result_size or 0  # which took as long
             raise RpcError(NO_RESULT, {"links": document(self.request, job)["links"]})
-        self.given += len(text)
+        self.read += len(text)
         return value
 
     def cancel(self, jobID: Any) -> dict[str, Any]:

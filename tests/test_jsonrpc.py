@@ -485,6 +485,22 @@ def test_batch_does_not_multiply_a_large_result(web):
     assert call(web, "async.result", small["jobID"]) == 1
 
 
+def test_batch_does_not_read_a_large_result_again_that_is_no_json(web):
+    """It takes as long as if it were, and longer for each call."""
+    large = call(web, "special", "large")["jobID"]
+    small = call(web, "echo", 1)
+    value_of(web, small)
+    web.done(f"/async/{large}")
+    batch = [
+        {"jsonrpc": "2.0", "method": "async.result", "params": [jobID], "id": 1}
+        for jobID in (large, small["jobID"])
+    ]
+    for answer, call_ in zip(post(web, batch).json, batch, strict=True):
+        assert answer["error"]["code"] == -32003
+        [jobID] = call_["params"]
+        assert answer["error"]["data"]["links"][-1]["href"].endswith(f"/async/{jobID}/results")
+
+
 def test_cancel_dismisses_the_job_and_leaves_a_finished_one_alone(web, at_gate):
     started = call(web, "behind_gate", at_gate)
     GATES[at_gate].reach()

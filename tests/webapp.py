@@ -102,6 +102,8 @@ def special(kind):
     """Return a result that cannot be written in the JSON of a request."""
     if kind == "nan":
         return [float("nan")]
+    if kind == "large":
+        return ["x" * 1024 * 1024, float("nan")]
     if kind == "huge integer":
         return 10**5000
     if kind == "half a surrogate pair":
