@@ -2398,6 +2398,24 @@ def test_a_second_connection_is_told_from_one_that_takes_part_at_the_end_alone(w
     assert web.ask(lambda scheduler: scheduler.completed(sid))
 
 
+@everywhere("RAM beside ZODB, default, retry")
+def test_a_second_connection_is_told_from_that_of_a_result_in_ram(web):
+    web.make()
+    sid = web.do(lambda r: r.scheduler.schedule(give, get_connection(r).root()["thing"]))
+    web.wait(sid)
+    tm = transaction.TransactionManager(explicit=True)
+    tm.begin()
+    thing, _ = web.scheduler.using(tm=tm).get_result(sid)
+    thing.name = "changed"
+    second = web.databases[""].open(tm)
+    second.root()["written"] = True
+    with pytest.raises(TwoConnections):
+        tm.commit()
+    tm.abort()
+    second.close()
+    assert web.read(lambda root: root["thing"].name) == "thing"
+
+
 def write_beside(request, key):
     """Write as a script does, through a connection that joins the request's transaction."""
     second = get_connection(request).db().open(request.tm)
