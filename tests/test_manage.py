@@ -723,18 +723,23 @@ def test_check_finds_maintenance_that_nobody_does(durable, set_clock):
 
 def test_check_finds_jobs_that_nobody_has(durable, monkeypatch, set_clock):
     """Not on a storage of one process: whoever opens it next takes them up."""
-    held = put(durable, echo, run_after=1000)
+    due = durable.scheduler.store.clock() + 1000
     free = put(durable, echo, run_after=1000)
     transact(durable.scheduler.store, lambda table: setattr(table.get(free), "holder", None))
-    set_clock(durable, durable.scheduler.store.clock() + 1000 + 121)
-    assert findings(durable) == {}
-    monkeypatch.setattr(type(durable.scheduler.store), "exclusive", False)
-    assert "nobody took it over" in findings(durable)[held]
-    assert "no process shows a sign of life" in findings(durable)[free]
-    show_sign(durable, "somebody", 1)
-    assert findings(durable).keys() == {held}
-    show_sign(durable, durable.scheduler.store.process, 1)
-    assert findings(durable) == {}
+    with gate() as name:
+        held = put(durable, behind_gate, name)
+        GATES[name].reach()
+        set_clock(durable, due + 110)
+        assert findings(durable) == {}
+        monkeypatch.setattr(type(durable.scheduler.store), "exclusive", False)
+        assert "nobody took it over" in findings(durable)[held]
+        assert free not in findings(durable)
+        set_clock(durable, due + 130)
+        assert "no process shows a sign of life" in findings(durable)[free]
+        show_sign(durable, "somebody", 1)
+        assert findings(durable).keys() == {held}
+        show_sign(durable, durable.scheduler.store.process, 1)
+        assert findings(durable) == {}
 
 
 # -- the pages: who may see them -----------------------------------------------------------
