@@ -156,7 +156,6 @@ class Tween:
         route = self.route(request)
         if request.matched_route is not None or route is None or not route.name.startswith(OWN):
             raise error
-        request.matched_route = route
         request.request_iface = self.registry.getUtility(IRouteRequest, name=route.name)
         return request.invoke_exception_view(reraise=True)
 
