@@ -564,7 +564,9 @@ def test_purge_removes_what_finished_before_and_nothing_else(web, set_clock):
         assert manage.purge(web.scheduler, 100, ["failed"]) == 1
         assert sids(page(web)) == [waiting, *young[::-1], old[0]]
         assert manage.purge(web.scheduler, 100) == 1
-        assert manage.purge(web.scheduler, 0) == 2
+        assert manage.purge(web.scheduler, 0, ["failed"]) == 1
+        assert sids(page(web)) == [waiting, young[0]]
+        assert manage.purge(web.scheduler, 0) == 1
         assert sids(page(web)) == [waiting]
         assert manage.purge(web.scheduler, 0) == 0
 
