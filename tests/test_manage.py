@@ -855,6 +855,17 @@ def test_list_leads_from_page_to_page(web, monkeypatch):
     assert seen == expected
 
 
+def test_overview_leads_to_the_whole_of_a_list(web, monkeypatch):
+    monkeypatch.setattr("pyramid_async.pages.FEW", 1)
+    failed = archived(web, (echo,), *[(fail, "x")] * 2)[1:]
+    text = web.get("/async/manage", headers=ADMIN).text
+    # That of the unfinished jobs is shown whole.
+    of_failed, _ = re.findall(r'href="([^"]+)">More', text)
+    whole = web.get(unescape(of_failed), headers=ADMIN)
+    assert re.findall(r'<code title="(\w+)">', whole.text) == failed[::-1]
+    assert whole.forms[0]["status"].value == "failed"
+
+
 def following(response):
     """Return where the link to the next page leads."""
     return unescape(re.search(r'href="([^"]+)" rel="next"', response.text)[1])
@@ -867,6 +878,17 @@ def test_list_that_looked_in_vain_says_so(web, monkeypatch):
     assert "look at those that follow" in response
     response = web.get(following(response), headers=ADMIN)
     assert "Looked at" not in response
+
+
+def test_page_of_a_job_tells_what_is_known_of_it_and_no_more(web):
+    with gate() as name:
+        sid = put(web, tell, name, 1, 4)
+        GATES[name].reach()
+        text = web.get(f"/async/manage/{sid}", headers=ADMIN).text
+    told = dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", text))
+    assert told["Progress"] == "25 %"
+    assert {"Created", "Started", "Held by"} <= told.keys()
+    assert not {"User", "Not before", "Finished", "Key"} & told.keys()
 
 
 def test_texts_of_jobs_are_no_markup(web):
