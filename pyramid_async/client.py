@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -34,7 +35,8 @@ def add_client(config: Any) -> None:
     """Add the route of the client, and ``request.async_client_url()``."""
     config.registry[_KEY] = Client(files(__package__).joinpath("static", FILE).read_bytes())
     add_resource(config, ROUTE, FILE, GET=client)
-    config.add_request_method(client_url, "async_client_url")
+    # No method: Pyramid would keep that on each request, which only the garbage collector frees.
+    config.add_request_method(lambda r: partial(client_url, r), "async_client_url", property=True)
 
 
 def client(request: Any) -> Any:

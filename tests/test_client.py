@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import gzip
 import os
 import re
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -29,8 +31,12 @@ LIMIT = 8 * 1024  # bytes, minified and compressed
 
 def address(request):
     """Answer with the address that templates get."""
+    REQUESTS.append(weakref.ref(request))
     options = {"_app_url": request.GET["app_url"]} if "app_url" in request.GET else {}
     return Response(request.async_client_url(**options))
+
+
+REQUESTS = []
 
 
 def add_address(config):
@@ -48,6 +54,16 @@ def client():
 def versioned(client):
     """The address that names the version."""
     return client.get("/address").text
+
+
+def test_request_goes_without_the_garbage_collector(client):
+    REQUESTS.clear()
+    gc.disable()
+    try:
+        client.get("/address")
+        assert [request() for request in REQUESTS] == [None]
+    finally:
+        gc.enable()
 
 
 def test_address_that_names_the_version_may_be_kept_for_ever(client, versioned):

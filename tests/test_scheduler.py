@@ -8,6 +8,7 @@ import gc
 import logging
 import threading
 import time
+import weakref
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import product
@@ -2003,6 +2004,25 @@ def tm_is_shared():
         or connection.transaction_manager is getattr(request.tm, "manager", request.tm)
         or connection.transaction_manager is request.tm
     )
+
+
+@pytest.mark.parametrize("kind", SOME)
+def test_request_of_a_job_goes_without_the_garbage_collector(kind, wait_for):
+    REQUESTS.clear()
+    with site(**ALL[kind]) as web:
+        gc.disable()
+        try:
+            web.run(note_request)
+            wait_for(lambda: [request() for request in REQUESTS] == [None])
+        finally:
+            gc.enable()
+
+
+REQUESTS = []
+
+
+def note_request():
+    REQUESTS.append(weakref.ref(current_job().request))
 
 
 @pytest.mark.parametrize("kind", SOME)
