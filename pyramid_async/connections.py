@@ -59,16 +59,20 @@ class Connections:
         ours = vars(tm).get(self._name)
         if ours is not None and (ours.opened is None or ours.db() is not db):
             ours = None  # closed with its database, or of another store that was where we are
+        if isinstance(tm, OwnManager):  # nobody else has it
+            if ours is None:
+                ours = db.open(tm)
+                setattr(tm, self._name, ours)
+            return ours
         theirs = [c for c in connections_of(tm, db) if c is not ours]
         if theirs:
             return theirs[0]
         if ours is None:
-            ours = vars(tm)[self._name] = db.open(tm if type(tm) is OwnManager else Kept(tm))
-            if type(tm) is not OwnManager and ours not in self._watched:
+            ours = vars(tm)[self._name] = db.open(Kept(tm))
+            if ours not in self._watched:
                 self._watched.add(ours)
                 finalize(ours, self._left.append, ours._normal_storage).atexit = False
-        if type(tm) is not OwnManager:
-            refuse_two_connections(tm.get())
+        refuse_two_connections(tm.get())
         return ours
 
     def _release_left(self) -> None:

@@ -175,7 +175,7 @@ class ZodbStore:
         if self.pid != os.getpid():
             raise OpenedBeforeFork(self.pid, os.getpid())
         connection = connect() if connect else self.connections.open(tm)
-        if pending(tm) is not None or not manager_itself(tm).explicit:
+        if type(tm) is not OwnManager and (pending(tm) or not manager_itself(tm).explicit):
             refuse_two_connections(tm.get())
         return ZodbTable(connection, known(self.locate(connection)), tm, self.clock)
 

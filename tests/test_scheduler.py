@@ -2373,6 +2373,15 @@ def test_unbound_scheduler_keeps_no_connection_of_managers_that_are_gone(web):
 
 
 @with_zodb
+def test_transactions_of_our_own_are_not_searched_for_a_second_connection(web):
+    def hooks(scheduler):
+        scheduler.completed(uuid4().hex)
+        return [*scheduler._tm.get().getBeforeCommitHooks()]
+
+    assert web.scheduler.transact(hooks) == []
+
+
+@with_zodb
 def test_unbound_scheduler_keeps_no_connection_of_threads_that_have_ended(web):
     def use():
         assert web.scheduler.completed(uuid4().hex) is None
