@@ -207,7 +207,7 @@ def described(request: Any, job: JobStatus) -> dict[str, Any]:
 
     def describe(scheduler: Any) -> Any:
         # The value is read while its connection is open.
-        return document(request, *brief_outcome(request, scheduler, job.sid))
+        return document(request, *outcome(scheduler, job.sid))
 
     return transact(request, describe)
 

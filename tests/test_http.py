@@ -55,6 +55,7 @@ from webapp import (
 
 from pyramid_async import JobFailed, JobStopped
 from pyramid_async.documents import to_json
+from pyramid_async.jobs import status_of
 from pyramid_async.scheduler import Caller, Scheduler
 from pyramid_async.testing import manual
 
@@ -403,6 +404,19 @@ def test_much_larger_result_is_not_looked_at_for_the_document(web, part, monkeyp
     url = web.url(repeat, part, 600_000)
     monkeypatch.setattr("pyramid_async.views.outcome", None)
     assert "result" not in web.done(url)
+
+
+def test_finished_job_is_looked_at_for_who_may_see_it_and_for_its_result(web, monkeypatch):
+    url, _ = web.finished(echo, 1)
+    looks = []
+
+    def noted(*args):
+        looks.append(args)
+        return status_of(*args)
+
+    monkeypatch.setattr("pyramid_async.scheduler.status_of", noted)
+    assert web.get(url).json["result"] == 1
+    assert len(looks) == 2
 
 
 def test_limit_of_what_is_shown_inside_is_a_setting():
