@@ -212,7 +212,9 @@ class Recovery:
 
     def _due(self, now: float) -> list[str]:
         with self._lock:
-            due = []
+            due: list[str] = []
+            if self._ended.is_set():
+                return due  # the executor takes nothing more, and gives back what waits here
             while self._timers and self._timers[0][0] <= now:
                 due.append(heapq.heappop(self._timers)[1])
             self._timed.difference_update(due)

@@ -17,7 +17,7 @@ from uuid import uuid4
 
 import pytest
 import transaction
-from bare import CALLS, ROOT, Process, memory, note, process, store_of, together
+from bare import CALLS, ROOT, Clock, Process, memory, note, process, store_of, together
 from pyramid.config import Configurator
 from pyramid_zodbconn import get_connection
 from webapp import GATES, Barrier, behind_gate, gate, pool_warnings
@@ -558,6 +558,36 @@ def test_jobs_that_wait_are_given_back_at_once_and_those_that_run_at_the_end(db,
     assert CALLS[key] == [None]
     for thread in one.executor.threads:
         thread.join(10)
+
+
+def test_job_whose_time_comes_while_the_process_stops_is_given_back(db, key, at, wait_for):
+    """Recovery's thread may be in the midst of a look then."""
+
+    class Shared(ZodbStore):
+        exclusive = False
+
+        def expire(self, now, goes_on):
+            if one.recovery.timed():
+                GATES[at].pass_through()
+                super().expire(now, goes_on)
+
+    now = Clock()
+    store = Shared(db, clock=now)
+    store.install()
+    one = Process(store, db, workers=1)
+    one.executor.recovery = one.recovery
+    sid = one.schedule(note, key, run_after=60)
+    wait_for(lambda: one.recovery.timed() == [sid])
+    one.recovery._next["look"] = 0.0
+    one.recovery._wake.set()
+    GATES[at].reach()
+    stopping = threading.Thread(target=one.executor.stop, args=[20])
+    stopping.start()
+    wait_for(one.recovery._ended)
+    now.now += 60
+    GATES[at].opened.set()
+    stopping.join(20)
+    assert one.record(sid).get("holder") is None
 
 
 def test_job_that_is_taken_the_moment_the_process_stops_waits_for_nobody(
