@@ -9,11 +9,11 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 from uuid import uuid4
 
 import click
-from amqp.method_framing import frame_handler
 from celery import Celery
 from kombu import Connection, Producer
 from kombu.exceptions import ChannelError
@@ -32,13 +32,16 @@ LINKS = {"callbacks", "errbacks", "chain", "chord"}
 # What may be the id of a message; ours and Celery's are UUIDs.
 MESSAGE_ID = re.compile("[0-9A-Za-z-]{1,36}")
 
-# What RabbitMQ's client raises at properties of a message that RabbitMQ takes; and the type of the
-# frames that have them, and their first bytes, which tell the length of the message.
-ILLEGIBLE = (OverflowError, RecursionError, ValueError)
-HEADER, LENGTH = 2, slice(12)
-
-# What kombu raises at what is in Redis and no message at all, or half of one.
-UNREADABLE = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
+# What a client raises at what is in the broker and no message at all, or one that it cannot read.
+UNREADABLE = (
+    AttributeError,
+    LookupError,
+    OverflowError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 
 # How a broker that is there and takes other bells refuses a queue.  The client finds out by itself
 # that a name is too long for the protocol.  Redis refuses none: what it answers is wrong with the
@@ -354,8 +357,7 @@ def listen(url: str, queue_name: str) -> None:
         broker_url=url,
         task_default_queue=queue_name,
         broker_heartbeat=WORKER_TIMEOUT,
-        # The latter is for RabbitMQ; Redis does not ask for it.
-        broker_transport_options={**time_outs(url, WORKER_TIMEOUT), "frame_handler": reader},
+        broker_transport_options=time_outs(url, WORKER_TIMEOUT),
     )
 
 
@@ -407,34 +409,20 @@ def take_bells_alone(consumer: Any) -> Any:
                 # Of a virtual host of quorum queues, which know no common prefetching.
                 for each in self.app.amqp.queues.consume_from.values():
                     each.queue_arguments = {"x-queue-type": "quorum"}
-            if code or isinstance(error, self.channel_errors):  # Redis gives no code
+            if isinstance(error, Unreadable):
+                purge(self.app)
+            elif code or isinstance(error, self.channel_errors):  # Redis gives no code
                 time.sleep(REFUSED_PAUSE)
 
     return Consumer
 
 
-def reader(connection: Any, callback: Callable[..., Any]) -> Callable[[Any], bool]:
-    """Return what reads the frames of RabbitMQ, but where a message's properties cannot be read.
-
-    It has none then, and is refused, for it is no bell.  The error would end the connection, and
-    the message would be the first one of the next connection.
-    """
-    read: Callable[[Any], bool] = frame_handler(connection, callback)
-
-    def on_frame(frame: Any) -> bool:
-        try:
-            return read(frame)
-        except ILLEGIBLE:
-            kind, channel, content = frame
-            if kind != HEADER:
-                raise
-            return read((kind, channel, bytes(content[LENGTH]) + b"\0\0"))
-
-    return on_frame
+class Unreadable(ConnectionError):
+    """The client cannot read a message (why)."""
 
 
 def going_on(loop: Callable[..., None]) -> Callable[..., None]:
-    """Return Celery's loop, but one that connects again where kombu cannot read a message.
+    """Return Celery's loop, but one that connects again where the client cannot read a message.
 
     It would end the worker, which waits for its jobs first, and takes no others meanwhile.
     """
@@ -443,9 +431,20 @@ def going_on(loop: Callable[..., None]) -> Callable[..., None]:
         try:
             loop(*args)
         except UNREADABLE as error:
-            raise ConnectionError(f"a message that is none: {error!r:.200}") from error
+            raise Unreadable(f"a message that is none: {error!r:.200}") from error
 
     return go_on
+
+
+def purge(worker: Celery) -> None:
+    """Take all bells away, where a message that nobody can read is the first one again.
+
+    Recovery rings again for the jobs.  In Redis such a message is gone.
+    """
+    with suppress(Exception), connect(worker.conf.broker_url) as connection:
+        if connection.transport.driver_type == "amqp":
+            for queue in worker.amqp.queues.consume_from:
+                connection.default_channel.queue_purge(queue)
 
 
 def bells_alone(handle: Callable[[Any], Any]) -> Callable[[Any], None]:

@@ -69,7 +69,7 @@ MAP = {
     "settings": ("jobs", ""),
     "config": ("*", "pyramid pyramid_zodbconn"),
     "__init__": ("interfaces jobs application current config", ""),
-    "bells": ("", "amqp celery click kombu"),
+    "bells": ("", "celery click kombu"),
     "prefork": ("interfaces", ""),
     # Nobody imports these.
     "celery": (
