@@ -11,7 +11,7 @@ from transaction.interfaces import NoTransaction
 from ZODB.Connection import Connection
 
 from .interfaces import AsyncError
-from .transactional import OwnManager, failing_for_good, flush, manager_itself
+from .transactional import OwnManager, fail_for_good, flush, manager_itself
 
 
 class Connections:
@@ -103,10 +103,12 @@ def refuse_two_connections(txn: Any) -> None:
 def _check(txn: Any) -> None:
     flush(txn)
     databases = [r.db() for r in txn._resources if isinstance(r, Connection)]
-    for db in databases:
-        if databases.count(db) > 1:
-            with failing_for_good(txn):
+    try:
+        for db in databases:
+            if databases.count(db) > 1:
                 raise TwoConnections(db.database_name)
+    except TwoConnections:
+        fail_for_good(txn)
 
 
 class TwoConnections(AsyncError, RuntimeError):

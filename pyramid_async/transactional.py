@@ -22,7 +22,7 @@ import logging
 import random
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import wraps
 from time import monotonic, sleep
 from types import MethodType
@@ -277,20 +277,15 @@ def flush(txn: Any) -> None:
             if hasattr(session, "flush"):
                 session.flush()
     except BaseException:
-        with failing_for_good(txn):
-            raise
+        fail_for_good(txn)
 
 
-@contextmanager
-def failing_for_good(txn: Any) -> Iterator[None]:
-    """Let a transaction fail as in its commit where the block, a part of that, fails.
+def fail_for_good(txn: Any) -> None:
+    """Raise the exception that is being handled, as if it had come from the commit itself.
 
-    Else who swallows the error, and commits once more, would commit what is left of it.
+    Else who swallows it, and commits once more, would commit what is left of the transaction.
     """
-    try:
-        yield
-    except BaseException:
-        txn._saveAndRaiseCommitishError()
+    txn._saveAndRaiseCommitishError()
 
 
 def _name(f: Callable[..., Any]) -> str:
