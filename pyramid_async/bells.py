@@ -443,8 +443,8 @@ def purge(worker: Celery) -> None:
     """
     with suppress(Exception), connect(worker.conf.broker_url) as connection:
         if connection.transport.driver_type == "amqp":
-            for queue in worker.amqp.queues.consume_from:
-                connection.default_channel.queue_purge(queue)
+            for name in worker.amqp.queues.consume_from:
+                connection.default_channel.queue_purge(name)
 
 
 def bells_alone(handle: Callable[[Any], Any]) -> Callable[[Any], None]:

@@ -2410,6 +2410,15 @@ def test_a_second_connection_that_writes_is_an_error_and_no_deadlock(web, key):
     assert web.ask(lambda scheduler: scheduler.completed(sid)) is None
 
 
+def is_refused_with_a_second_connection(web, tm):
+    second = web.databases[""].open(tm)
+    second.root()["written"] = True
+    with pytest.raises(TwoConnections):
+        tm.commit()
+    tm.abort()
+    second.close()
+
+
 @everywhere("ZODB, default, retry", "ZODB, explicit, retry")
 def test_a_second_connection_is_told_from_one_that_takes_part_at_the_end_alone(web, key):
     """Who fetches a result writes when the transaction commits."""
@@ -2418,12 +2427,7 @@ def test_a_second_connection_is_told_from_one_that_takes_part_at_the_end_alone(w
     tm = transaction.TransactionManager(explicit=True)
     tm.begin()
     assert web.scheduler.using(tm=tm).get_result(sid)
-    second = web.databases[""].open(tm)
-    second.root()["written"] = True
-    with pytest.raises(TwoConnections):
-        tm.commit()
-    tm.abort()
-    second.close()
+    is_refused_with_a_second_connection(web, tm)
     assert web.ask(lambda scheduler: scheduler.completed(sid))
 
 
@@ -2436,12 +2440,7 @@ def test_a_second_connection_is_told_from_that_of_a_result_in_ram(web):
     tm.begin()
     thing, _ = web.scheduler.using(tm=tm).get_result(sid)
     thing.name = "changed"
-    second = web.databases[""].open(tm)
-    second.root()["written"] = True
-    with pytest.raises(TwoConnections):
-        tm.commit()
-    tm.abort()
-    second.close()
+    is_refused_with_a_second_connection(web, tm)
     assert web.read(lambda root: root["thing"].name) == "thing"
 
 
