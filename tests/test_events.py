@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 
 import pytest
@@ -71,6 +72,9 @@ def test_life_of_a_job_is_told_in_three_events(web, told, wait_for, job, status)
     assert by_kind[IJobFinished][0] == status
     assert by_kind[IJobStarted][1] is by_kind[IJobFinished][1]
     assert by_kind[IJobStarted][1].name.startswith("pyramid_async-worker")
+    web.finished(echo)
+    web.finished(echo)
+    assert len(kinds(told, url)) == 3
 
 
 def test_start_is_told_before_the_function_is_called(web, told, at_gate):
@@ -184,7 +188,7 @@ def test_job_that_has_no_attempt_left_is_told_as_failed(wait_for):
         assert seen == [sid_of(url)]
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit, asyncio.CancelledError])
 def test_failing_subscribers_of_a_worker_cost_no_job_and_are_logged(web, caplog, error, wait_for):
     def subscriber(event):
         raise error("of the subscriber")
@@ -193,12 +197,16 @@ def test_failing_subscribers_of_a_worker_cost_no_job_and_are_logged(web, caplog,
         web.app.registry.registerHandler(subscriber, [interface])
     _, document = web.finished(echo, "x")
     assert document["result"] == "x"
+    threads = web.scheduler.executor.threads
+    for _ in threads:
+        web.finished(echo)
 
     def logged(status):
         told = [record.getMessage() for record in caplog.records]
         return any("subscriber failed" in text and status in text for text in told)
 
     wait_for(lambda: logged("running") and logged("successful"))
+    assert all(thread.is_alive() for thread in threads)
 
 
 def test_event_of_the_start_is_sent_outside_of_the_jobs_function():

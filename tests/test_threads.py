@@ -898,20 +898,6 @@ def test_explanation_survives_pickling():
     assert "opened by process 1 and is used by its child 2" in str(error)
 
 
-@pytest.mark.slow
-def test_importing_starts_nothing():
-    run = python(
-        """
-        import signal, threading
-        import pyramid_async.config, pyramid_async.scheduler, pyramid_async.testing
-        assert threading.active_count() == 1, threading.enumerate()
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-        print("nothing")
-        """
-    )
-    assert run.stdout == "nothing\n"
-
-
 # A program that runs jobs; what it does then is added to it.
 PROGRAM = """
     import asyncio, os, signal, sys, threading, time, transaction
