@@ -157,7 +157,7 @@ def test_publishing_gives_a_black_hole_up_in_about_a_second(scheme, black_hole):
             ringer._pass_on([Ring("0" * 32, "queue", BELL)])
 
     # The first time, the client's modules are imported too.
-    assert quickest(give_up, times=3) < 2
+    assert any(quickest(give_up, times=1) < 2 for _ in range(3))
 
 
 def test_leaving_does_not_wait_for_a_black_hole(black_hole, monkeypatch):

@@ -42,6 +42,7 @@ from pyramid_async.scheduler import Scheduler
 from pyramid_async.zodb import ZodbTable
 
 LONG = "10"  # seconds that no test really waits
+BRIEF = {"async.wait_max": "0.1"}
 
 
 @pytest.fixture(params=KINDS)
@@ -119,7 +120,7 @@ def visits(config):
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name.startswith("zodb")])
 def test_what_the_application_writes_in_a_held_request_stays(name, at_gate):
-    with kind(name, routes=visits) as web:
+    with kind(name, BRIEF, routes=visits) as web:
         url = at_work(web, at_gate)
         before = web.get("/visits").json
         for _ in range(3):
@@ -143,7 +144,7 @@ def nested(config):
 
 @pytest.mark.parametrize("tweens", ["0", "1"])
 def test_transaction_of_another_request_is_left_alone(at_gate, tweens):
-    with kind("zodb-explicit-retry", routes=nested) as web:
+    with kind("zodb-explicit-retry", BRIEF, routes=nested) as web:
         path = urlsplit(at_work(web, at_gate)).path
         web.get("/look", {"path": path, "tweens": tweens}, status=503)
         [database] = set(web.databases.values())
@@ -152,7 +153,7 @@ def test_transaction_of_another_request_is_left_alone(at_gate, tweens):
 
 
 def test_transaction_of_a_test_is_left_alone(at_gate):
-    with kind("zodb-explicit-retry", routes=visits) as web:
+    with kind("zodb-explicit-retry", BRIEF, routes=visits) as web:
         url = at_work(web, at_gate)
         before = web.get("/visits").json
         tm = TransactionManager(explicit=True)
@@ -172,7 +173,7 @@ def doomed(config):
 
 
 def test_what_is_doomed_in_a_held_request_goes(at_gate):
-    with kind("zodb-explicit-retry", routes=doomed) as web:
+    with kind("zodb-explicit-retry", BRIEF, routes=doomed) as web:
         url = at_work(web, at_gate)
         before = web.get("/visits").json
         web.get(url + "?wait=1&doom=1", status=200)
@@ -289,7 +290,7 @@ def test_waiter_looks_twice_a_second_while_nothing_happens(at_gate, monkeypatch)
 
 @pytest.mark.parametrize("header", [None, "*"])
 def test_time_ends_the_wait_for_another_document_with_304(at_gate, header):
-    with browser({"async.wait_max": "0.1"}) as web:
+    with browser(BRIEF) as web:
         url = at_work(web, at_gate)
         headers = {"If-None-Match": header} if header else tag_of(web, url)
         response = web.get(f"{url}?wait={LONG}", headers=headers, status=304)

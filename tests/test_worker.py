@@ -456,18 +456,6 @@ def test_pause_is_bounded_however_many_conflicts_there_were(pauses):
     assert conflicts.pause(0, 1.0, ConflictError()) == LONGEST_PAUSE
 
 
-def test_conflict_leaves_no_effects_of_the_attempt_that_met_it(durable, key, at):
-    other = threading.Thread(target=durable.run, args=(count_behind_gate, ROOT, key, at))
-    other.start()
-    GATES[at].reach()
-    with durable.transaction() as (_, root):
-        root["n"] = 10
-    GATES[at].opened.set()
-    other.join(10)
-    assert durable.root(lambda root: root["n"]) == 11
-    assert CALLS[key] == [1, 1]
-
-
 def drain(items, key):
     """Use up the argument, and conflict the first time."""
     found = [items["all"].pop() for _ in range(len(items["all"]))]
@@ -747,7 +735,9 @@ def test_checkpoint_after_the_end_is_refused(one, key):
     ("conflicts", "errors", "status", "calls"),
     [(5, 2, "successful", 8), (0, 3, "failed", 3), (5, 3, "failed", 8)],
 )
-def test_conflicts_use_up_no_attempts_of_a_bad_storage(one, key, conflicts, errors, status, calls):
+def test_conflicts_use_up_no_attempts_of_a_bad_storage(
+    one, key, conflicts, errors, status, calls, pauses
+):
     sid = one.run(meet_conflicts_and_then_a_storage_error, key, conflicts, errors)
     assert (one.status(sid).status, len(CALLS[key])) == (status, calls)
 
