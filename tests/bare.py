@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 import transaction
 import ZODB
 from transaction.interfaces import NoTransaction
-from webapp import Barrier
+from webapp import GATES, Barrier
 from ZODB.MappingStorage import MappingStorage
 
 from pyramid_async.ram import RamStore
@@ -157,6 +157,18 @@ class Process:
         sid = self.schedule(f, *args, **options)
         self.worker.run(sid)
         return sid
+
+    @contextmanager
+    def standing_at(self, name, sid, *seen):
+        """Run a job up to its gate in a thread; it goes on at the end of the block."""
+        thread = threading.Thread(target=self.worker.run, args=[sid, *seen])
+        thread.start()
+        GATES[name].reach()
+        try:
+            yield
+        finally:
+            GATES[name].opened.set()
+            thread.join(10)
 
     def record(self, sid, **facts):
         """Return what the record says now, after setting *facts* on it."""

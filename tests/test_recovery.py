@@ -410,12 +410,8 @@ def unclaimed(process, key, at):
     process.worker.keeps = False
     process.executor.held = process.worker.running
     sid = process.plant(count_behind_gate, ROOT, key, at)
-    thread = threading.Thread(target=process.worker.run, args=[sid])
-    thread.start()
-    GATES[at].reach()
-    yield sid
-    GATES[at].opened.set()
-    thread.join(10)
+    with process.standing_at(at, sid):
+        yield sid
 
 
 def test_what_has_run_for_a_second_is_shown_at_once_and_only_once(machines, key, at):

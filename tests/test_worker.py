@@ -10,7 +10,7 @@ import gc
 import logging
 import threading
 import weakref
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -540,26 +540,18 @@ def test_jobs_that_commit_at_the_same_time_do_not_conflict(durable, key, pauses)
 def test_progress_writes_nothing(durable, at):
     sid = durable.schedule(progress, at, 1000)
     before = durable.db.lastTransaction()
-    thread = threading.Thread(target=durable.worker.run, args=[sid])
-    thread.start()
-    GATES[at].reach()
-    assert durable.status(sid).message == "step 999"
-    assert durable.db.lastTransaction() == before
-    GATES[at].opened.set()
-    thread.join(10)
+    with durable.standing_at(at, sid):
+        assert durable.status(sid).message == "step 999"
+        assert durable.db.lastTransaction() == before
     assert durable.status(sid).status == "successful"
 
 
 def test_outcome_and_effects_appear_at_the_same_time(one, key, at):
     """Whoever looks while the commit waits at its vote sees neither."""
     sid = one.schedule(count_and_commit_behind_gate, ROOT, key, at, "tpc_begin", "!first")
-    thread = threading.Thread(target=one.worker.run, args=[sid])
-    thread.start()
-    GATES[at].reach()
-    assert one.status(sid).status == "running"
-    assert one.root(lambda root: "n" in root) is False
-    GATES[at].opened.set()
-    thread.join(10)
+    with one.standing_at(at, sid):
+        assert one.status(sid).status == "running"
+        assert one.root(lambda root: "n" in root) is False
     assert one.status(sid).status == "successful"
     assert one.root(lambda root: root["n"]) == 1
 
@@ -1198,12 +1190,8 @@ def test_lost_reply_to_the_commit_of_a_retry_makes_the_job_wait_all_the_same(
 
 def test_job_dismissed_while_it_runs_leaves_no_effects_and_is_not_repeated(one, key, at):
     sid = one.schedule(count_behind_gate, ROOT, key, at)
-    thread = threading.Thread(target=one.worker.run, args=[sid])
-    thread.start()
-    GATES[at].reach()
-    assert one.cancel(sid) is True
-    GATES[at].opened.set()
-    thread.join(10)
+    with one.standing_at(at, sid):
+        assert one.cancel(sid) is True
     assert one.status(sid).status == "dismissed"
     assert one.root(lambda root: "n" in root) is False
     assert (CALLS[key], one.told, one.worker.running) == ([1], [], {})
@@ -1211,15 +1199,11 @@ def test_job_dismissed_while_it_runs_leaves_no_effects_and_is_not_repeated(one, 
 
 def test_job_that_is_kept_for_no_time_is_told_of_its_dismissal(one, at):
     sid = one.schedule(raise_behind_gate, at, ZeroDivisionError, result_timeout=0)
-    thread = threading.Thread(target=one.worker.run, args=[sid])
-    thread.start()
-    GATES[at].reach()
-    assert one.cancel(sid) is True
-    assert one.status(sid) is None
-    with pytest.raises(JobDismissed):
-        one.worker.running[sid].check()
-    GATES[at].opened.set()
-    thread.join(10)
+    with one.standing_at(at, sid):
+        assert one.cancel(sid) is True
+        assert one.status(sid) is None
+        with pytest.raises(JobDismissed):
+            one.worker.running[sid].check()
 
 
 @pytest.mark.parametrize("how", ["cancel", "remove"])
@@ -1244,39 +1228,27 @@ def test_job_that_takes_back_a_savepoint_has_its_effect_and_its_end_together(one
 def test_attempt_that_lost_its_job_does_not_dismiss_it(bells, key, at):
     """It was frozen; another one had the job meanwhile, and gave it back."""
     sid = bells.schedule(check_behind_gate, key, at)
-    thread = threading.Thread(target=bells.worker.run, args=[sid])
-    thread.start()
-    GATES[at].reach()
-    facts = dict(signature="another worker's", status="running", holder="another")
-    bells.record(sid, **facts)
-    bells.recovery.tell()
-    bells.record(sid, signature=None, status="accepted", holder=None, revision=9)
-    GATES[at].opened.set()
-    thread.join(10)
+    with bells.standing_at(at, sid):
+        facts = dict(signature="another worker's", status="running", holder="another")
+        bells.record(sid, **facts)
+        bells.recovery.tell()
+        bells.record(sid, signature=None, status="accepted", holder=None, revision=9)
     assert bells.status(sid).status == "accepted"
 
 
 def test_attempt_that_lost_its_job_tells_nobody_of_its_failure(bells, key, at):
     """Another one ended the job, and told."""
     sid = bells.schedule(fail_behind_gate, key, at)
-    thread = threading.Thread(target=bells.worker.run, args=[sid])
-    thread.start()
-    GATES[at].reach()
-    bells.record(sid, signature="another worker's", status="successful", finished=1.0)
-    GATES[at].opened.set()
-    thread.join(10)
+    with bells.standing_at(at, sid):
+        bells.record(sid, signature="another worker's", status="successful", finished=1.0)
     assert bells.told == []
 
 
 def test_job_that_was_given_up_tells_its_end_once(durable, key, at):
     """Its last attempt was frozen; it fails when it goes on."""
     sid = durable.schedule(fail_after_a_checkpoint, at, max_attempts=1)
-    thread = threading.Thread(target=durable.worker.run, args=[sid])
-    thread.start()
-    GATES[at].reach()
-    assert durable.worker.free(sid, durable.revision(sid)) is False
-    GATES[at].opened.set()
-    thread.join(10)
+    with durable.standing_at(at, sid):
+        assert durable.worker.free(sid, durable.revision(sid)) is False
     assert durable.told == [(sid, "failed")]
     assert durable.status(sid).failure.class_name == "JobLost"
 
@@ -1312,26 +1284,11 @@ def test_job_that_raises_jobdismissed_is_dismissed(one, key):
 def test_job_dismissed_while_it_begins_to_commit_leaves_no_effects(one, key, at):
     """It has passed its last check; the record is the fence."""
     sid = one.schedule(count_and_commit_behind_gate, ROOT, key, at, "tpc_begin", "!first")
-    thread = threading.Thread(target=one.worker.run, args=[sid])
-    thread.start()
-    GATES[at].reach()
-    assert one.cancel(sid) is True
-    GATES[at].opened.set()
-    thread.join(10)
+    with one.standing_at(at, sid):
+        assert one.cancel(sid) is True
     assert one.status(sid).status == "dismissed"
     assert one.root(lambda root: "n" in root) is False
     assert (CALLS[key], one.told) == ([1], [])
-
-
-@contextmanager
-def zombie(one, sid, at):
-    """Run a job up to its gate in a thread; it goes on at the end, when another may have it."""
-    thread = threading.Thread(target=one.worker.run, args=[sid])
-    thread.start()
-    GATES[at].reach()
-    yield
-    GATES[at].opened.set()
-    thread.join(10)
 
 
 def take_over(one, sid):
@@ -1342,7 +1299,7 @@ def take_over(one, sid):
 def test_job_taken_by_another_worker_while_it_runs_leaves_no_effects(one, key, at):
     """A zombie that wakes after its lease finds its job in other hands."""
     sid = one.schedule(count_behind_gate, ROOT, key, at)
-    with zombie(one, sid, at):
+    with one.standing_at(at, sid):
         other = Process(one.store, one.db)
         take_over(one, sid)
     assert one.root(lambda root: "n" in root) is False
@@ -1355,7 +1312,7 @@ def test_job_taken_by_another_worker_while_it_runs_leaves_no_effects(one, key, a
 
 def test_attempt_that_lost_its_job_shows_nothing_of_it(one, key, at):
     sid = one.schedule(count_behind_gate, ROOT, key, at)
-    with zombie(one, sid, at):
+    with one.standing_at(at, sid):
         one.worker.running[sid].progress(1, 2, "half of it")
         assert one.status(sid).message == "half of it"
         take_over(one, sid)
@@ -1365,7 +1322,7 @@ def test_attempt_that_lost_its_job_shows_nothing_of_it(one, key, at):
 
 def test_failure_of_a_job_that_was_taken_by_another_is_not_recorded(one, key, at):
     sid = one.schedule(fail_behind_gate, key, at)
-    with zombie(one, sid, at):
+    with one.standing_at(at, sid):
         take_over(one, sid)
     assert one.status(sid).status == "running"
     assert one.status(sid).failure is None
@@ -1382,7 +1339,7 @@ def test_whatever_ends_an_attempt_that_lost_its_job_leaves_it_to_the_other(one, 
     """The function raises by itself what dismisses a job, or gives it back."""
     one.worker.conflict_attempts = 1
     sid = one.schedule(raise_behind_gate, at, error)
-    with zombie(one, sid, at):
+    with one.standing_at(at, sid):
         take_over(one, sid)
         before = one.record(sid)
     assert one.record(sid) == before
@@ -1396,7 +1353,7 @@ def raise_behind_gate(name, error):
 
 def test_failure_of_a_removed_job_is_nobodys(one, key, at):
     sid = one.schedule(fail_behind_gate, key, at)
-    with zombie(one, sid, at):
+    with one.standing_at(at, sid):
         one.ask(lambda scheduler: scheduler.remove(sid))
     assert (one.status(sid), one.told) == (None, [])
 
@@ -1529,12 +1486,8 @@ def test_own_job_that_is_not_due_waits(one, key):
 
 def test_attempt_counts_when_it_is_claimed(one, key, at):
     sid = one.schedule(count_behind_gate, ROOT, key, at)
-    thread = threading.Thread(target=one.worker.run, args=[sid, one.die(sid, attempts=1)])
-    thread.start()
-    GATES[at].reach()
-    assert one.record(sid)["attempts"] == 2
-    GATES[at].opened.set()
-    thread.join(10)
+    with one.standing_at(at, sid, one.die(sid, attempts=1)):
+        assert one.record(sid)["attempts"] == 2
     assert one.status(sid).attempts == 2
 
 
@@ -1594,15 +1547,11 @@ def test_dismissal_of_a_second_attempt_leaves_the_start_that_was_shown(db, kind,
         sid = one.schedule(fail_first_and_wait, key, at, retry_on=KeyError)
         one.worker.run(sid)
         clock.now += 1000
-        thread = threading.Thread(target=one.worker.run, args=[sid])
-        thread.start()
-        GATES[at].reach()
-        shown = one.status(sid).started
-        assert shown == clock.now
-        one.cancel(sid)
-        assert one.status(sid).started == shown
-        GATES[at].opened.set()
-        thread.join(10)
+        with one.standing_at(at, sid):
+            shown = one.status(sid).started
+            assert shown == clock.now
+            one.cancel(sid)
+            assert one.status(sid).started == shown
         assert one.status(sid).started == shown
 
 
@@ -1627,15 +1576,11 @@ def test_progress_of_the_last_attempt_is_kept_too(one, key):
 
 def test_progress_is_kept_by_a_dismissal(one, at):
     sid = one.schedule(progress, at, 4)
-    thread = threading.Thread(target=one.worker.run, args=[sid])
-    thread.start()
-    GATES[at].reach()
-    job = one.worker.running[sid]
-    job.progress(75, 100)
-    assert one.cancel(sid)
-    assert one.status(sid).progress == 75
-    GATES[at].opened.set()
-    thread.join(10)
+    with one.standing_at(at, sid):
+        job = one.worker.running[sid]
+        job.progress(75, 100)
+        assert one.cancel(sid)
+        assert one.status(sid).progress == 75
     assert one.status(sid).progress == 75
 
 
@@ -1848,12 +1793,8 @@ def test_unclaimed_job_that_fails_was_tried_once(bells, key):
 
 def test_unclaimed_job_that_is_dismissed_has_no_effects(bells, key, at):
     sid = bells.schedule(count_behind_gate, ROOT, key, at)
-    thread = threading.Thread(target=bells.worker.run, args=[sid])
-    thread.start()
-    GATES[at].reach()
-    assert bells.cancel(sid)
-    GATES[at].opened.set()
-    thread.join(10)
+    with bells.standing_at(at, sid):
+        assert bells.cancel(sid)
     assert bells.root(lambda root: root.get("n", 0)) == 0
     assert bells.status(sid).status == "dismissed"
 
@@ -1863,13 +1804,9 @@ def test_unclaimed_job_that_is_dismissed_has_no_effects(bells, key, at):
 
 def test_wake_up_that_comes_twice_runs_the_job_once(one, key, at):
     sid = one.schedule(count_behind_gate, ROOT, key, at)
-    thread = threading.Thread(target=one.worker.run, args=[sid])
-    thread.start()
-    GATES[at].reach()
-    assert one.worker.run(sid)
-    assert one.worker.run(sid, None)
-    GATES[at].opened.set()
-    thread.join(10)
+    with one.standing_at(at, sid):
+        assert one.worker.run(sid)
+        assert one.worker.run(sid, None)
     one.worker.run(sid)
     assert CALLS[key] == [1]
     assert one.told == [(sid, "successful")]
