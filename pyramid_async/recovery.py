@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -53,6 +54,17 @@ class Sign(Persistent):
         self.running: dict[str, Live] = {}
 
 
+@dataclass
+class Notes:
+    """What a look through the unfinished records notes; the next one compares."""
+
+    stray: set[str]  # jobs with a timer here, until the look finds that they wait
+    holders: set[str] = field(default_factory=set)  # other processes that jobs name
+    # Sid -> (signature, beat of the holder) of running jobs that their holder does not list.
+    unlisted: dict[str, tuple[str | None, int]] = field(default_factory=dict)
+    bad: set[str] = field(default_factory=set)  # sids whose record could not be read
+
+
 class Recovery:
     """One thread in each process that runs jobs.
 
@@ -87,15 +99,9 @@ class Recovery:
         self._viewed = 0.0  # when the transaction began by which processes are judged, monotonic
         # Where processes of a pool tell each other what they observed; see `prefork.Hints`.
         self.hints: Any = None
-        self._holders: set[str] = set()  # other processes that unfinished jobs name
-        # Sid -> (signature, beat of the holder) of running jobs that their holder does not list.
-        self._unlisted: dict[str, tuple[str | None, int]] = {}  # in this look
-        self._unlisted_before = self._unlisted  # in the look before
-        self._bad: set[str] = set()  # sids whose record could not be read in this look
-        self._bad_before = self._bad  # in the look before
+        self._notes = self._notes_before = Notes(set())  # of this look and of the one before
         self.unbegun = 0  # jobs that were due and nobody's in the last look
         self._unbegun = 0  # in this look
-        self._stray: set[str] = set()  # sids with a timer that this look did not find to wait
         self._beating = False
         self._listed: set[str | None] = set()  # signatures in our last sign of life
         self._beats = 0
@@ -344,12 +350,9 @@ class Recovery:
         """
         if self.hints is not None:
             self._take_hints()
-        self._holders.clear()
-        self._unlisted_before, self._unlisted = self._unlisted, {}
-        self._bad_before, self._bad = self._bad, set()
-        self._stray = set(self.timed())
+        self._notes_before, self._notes = self._notes, Notes(set(self.timed()))
         ended = transact(self.store, self._look)
-        self._forget(self._stray)
+        self._forget(self._notes.stray)
         self._archive(ended)
         self.store.expire(self.store.clock(), self._goes_on)
         if self.store.durable:
@@ -385,16 +388,16 @@ class Recovery:
             if record.run_after is None or record.run_after <= now:
                 self._rescue(record, table)
             else:
-                self._stray.discard(sid)
+                self._notes.stray.discard(sid)
                 if record.holder == self.store.process:
                     self.later(record.run_after, sid)
         except TransientError:
             raise  # the database is away: it is no fault of the record
         except Exception:
             # One bad record must not stop the others.
-            if sid not in self._bad_before:
+            if sid not in self._notes_before.bad:
                 log.exception("the record of job %r cannot be read", sid)
-            self._bad.add(sid)
+            self._notes.bad.add(sid)
         return None
 
     def _rescue(self, record: JobRecord, table: Any) -> None:
@@ -403,7 +406,7 @@ class Recovery:
         if holder is None:
             self._unbegun += 1
         elif holder != self.store.process:
-            self._holders.add(holder)
+            self._notes.holders.add(holder)
         if sid in self.executor.held or not self.executor.room():
             return
         if record.holder == self.store.process and record.signature is None:
@@ -447,8 +450,8 @@ class Recovery:
         if record.status == ACCEPTED or sign is None or record.sid in sign.running:
             return False
         now = (record.signature, sign.beat)
-        seen = self._unlisted_before.get(record.sid, now)
-        self._unlisted[record.sid] = seen = seen if seen[0] == record.signature else now
+        seen = self._notes_before.unlisted.get(record.sid, now)
+        self._notes.unlisted[record.sid] = seen = seen if seen[0] == record.signature else now
         return sign.beat >= seen[1] + 2
 
     def _bury(self) -> None:
@@ -457,13 +460,14 @@ class Recovery:
         dead = [process for process, is_dead in shown.items() if is_dead]
         if dead:
             transact(self.store, partial(self._remove_signs, dead))
-        for process in set(self._observed) - self._holders - set(shown):
+        for process in set(self._observed) - self._notes.holders - set(shown):
             del self._observed[process]
 
     def _processes(self, table: Any) -> dict[str, bool]:
         """Return the processes that have a sign of life, and whether it is to go."""
         self._viewed = self.monotonic()
-        return {p: p not in self._holders and self._silent(p, sign) for p, sign in table.signs()}
+        held = self._notes.holders
+        return {p: p not in held and self._silent(p, sign) for p, sign in table.signs()}
 
     def _remove_signs(self, processes: list[str], table: Any) -> None:
         for process in processes:
