@@ -184,6 +184,7 @@ class Scheduler:
     def retry(self, sid: str) -> str:
         """See IScheduler."""
         table = self._table()
+        new = self._caller.new_sid()  # whatever comes of it: a repeated request counts alike
         record = table.get(sid)
         if record is None:
             raise JobNotFound(sid)
@@ -191,7 +192,6 @@ class Scheduler:
             return record.retried
         if record.status != FAILED:
             raise NotRetriable(sid, f"it is {record.status}; only a failed job can be")
-        new = self._caller.new_sid()
         self._take_key(record, new, table)
         table.add(record.again(new, self.store.clock(), self.worker.holder))
         record.give_away(new)  # only now: there may have been no room

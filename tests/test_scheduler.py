@@ -726,6 +726,22 @@ def test_commit_whose_reply_is_lost_makes_one_job(web, key):
     assert len(web.ask(lambda scheduler: scheduler.jobs())) == 5
 
 
+@everywhere(*RETRIED)
+def test_job_beside_a_retry_is_one_job_when_the_reply_to_their_commit_is_lost(web, key):
+    failed = web.schedule(fail)
+    web.wait(failed)
+    left, sids = [1], []
+
+    def retry_and_schedule(request):
+        sids.append((request.scheduler.retry(failed), request.scheduler.schedule(note, key)))
+        request.tm.get().join(LosesReply(left, ReplyLost()))
+
+    web.do(retry_and_schedule)
+    assert sids[0] == sids[1]
+    web.wait(sids[0][1])
+    assert CALLS[key] == [None]
+
+
 @everywhere("ZODB, default, retry", "ZODB, explicit, retry")
 def test_commit_whose_reply_is_lost_makes_one_job_even_if_that_expired_meanwhile(web, key):
     left = [1]
