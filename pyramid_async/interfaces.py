@@ -344,7 +344,7 @@ class IJobTable(Interface):
         """Return the sid that last took the key; its job may be finished or gone."""
 
     def take_key(key: str, sid: str) -> None:
-        """Give the key to a job; two that take one key conflict at commit."""
+        """Give the key to a job that was added; two that take one key conflict at commit."""
 
     def sign(process: str | None) -> Any:
         """Return the last sign of life of a process, or None: there is none that can be read."""

@@ -140,22 +140,28 @@ class Scheduler:
         if self._caller.repeated and table.knows(sid):
             # Only the reply to its commit was lost.
             return self._wake_after_commit(sid, self._options.get("queue"))
-        key = self._options.get("key")
-        if key is not None:
-            existing = self._unfinished(key, table)
-            if existing is not None:
-                return existing
-        table.add(self._record(sid, f, function, args, kw, table))
-        if key is not None:
-            table.take_key(key, sid)
-        self.worker.notify(sid, ACCEPTED)
-        return self._wake_after_commit(sid, self._options.get("queue"))
+        existing = self._unfinished(self._options.get("key"), table)
+        if existing is not None:
+            return existing
+        record = self._record(sid, f, function, args, kw, table)
+        self._add(record, table)
+        return self._accept(record)
 
-    def _unfinished(self, key: str, table: Any) -> str | None:
+    def _unfinished(self, key: str | None, table: Any) -> str | None:
         """Return the sid of the unfinished job that has the key, or None."""
-        sid: str | None = table.keyed(key)
+        sid: str | None = None if key is None else table.keyed(key)
         record = None if sid is None else table.get(sid)
         return None if record is None or record.done else sid
+
+    def _add(self, record: JobRecord, table: Any) -> None:
+        table.add(record)  # first: it refuses where there is no room, or no transaction
+        key = record.option("key")
+        if key is not None:
+            table.take_key(key, record.sid)
+
+    def _accept(self, record: JobRecord) -> str:
+        self.worker.notify(record.sid, ACCEPTED)
+        return self._wake_after_commit(record.sid, record.option("queue"))
 
     def _wake_after_commit(self, sid: str, queue: str | None) -> str:
         self._tm_in_use().get().addAfterCommitHook(self.executor.wake, (sid, queue))
@@ -184,7 +190,7 @@ class Scheduler:
     def retry(self, sid: str) -> str:
         """See IScheduler."""
         table = self._table()
-        new = self._caller.new_sid()  # whatever comes of it: a repeated request counts alike
+        new_sid = self._caller.new_sid()  # whatever comes of it: a repeated request counts alike
         record = table.get(sid)
         if record is None:
             raise JobNotFound(sid)
@@ -192,20 +198,14 @@ class Scheduler:
             return record.retried
         if record.status != FAILED:
             raise NotRetriable(sid, f"it is {record.status}; only a failed job can be")
-        self._take_key(record, new, table)
-        table.add(record.again(new, self.store.clock(), self.worker.holder))
-        record.give_away(new)  # only now: there may have been no room
-        self.worker.notify(new, ACCEPTED)
-        return self._wake_after_commit(new, record.option("queue"))
-
-    def _take_key(self, record: JobRecord, new: str, table: Any) -> None:
         key = record.option("key")
-        if key is None:
-            return
         rival = self._unfinished(key, table)
         if rival is not None:
-            raise NotRetriable(record.sid, f"the unfinished job {rival!r} has its key {key!r}")
-        table.take_key(key, new)
+            raise NotRetriable(sid, f"the unfinished job {rival!r} has its key {key!r}")
+        new = record.again(new_sid, self.store.clock(), self.worker.holder)
+        self._add(new, table)
+        record.give_away(new.sid)  # only now: there may have been no room
+        return self._accept(new)
 
     # -- ask
 

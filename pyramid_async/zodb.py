@@ -364,7 +364,6 @@ class ZodbTable:
         return self.root.key_tree(key).get(key)
 
     def take_key(self, key: str, sid: str) -> None:
-        self.tm.get()  # as in `add`, which comes after this where a job is tried again
         self.root.key_tree(key)[key] = sid
 
     def sign(self, process: str | None) -> Any:

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 import weakref
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from itertools import product
@@ -53,7 +53,7 @@ from pyramid_async import (
 from pyramid_async.connections import TwoConnections
 from pyramid_async.context import ObjectGone, PersistentContext
 from pyramid_async.jobs import FINAL, name_of
-from pyramid_async.scheduler import TransactionalScheduler
+from pyramid_async.scheduler import Caller, TransactionalScheduler
 from pyramid_async.transactional import transactional
 
 # -- what jobs do --------------------------------------------------------------------------
@@ -756,6 +756,20 @@ def test_commit_whose_reply_is_lost_makes_one_job_even_if_that_expired_meanwhile
     web.run(give, 1)
     web.run(give, 1)
     assert CALLS[key] == [None]
+
+
+def test_key_of_a_job_that_is_tried_again_without_a_transaction_is_in_no_later_one(zodb):
+    """As where a view that ``tm.activate_hook`` leaves out does so with an explicit manager."""
+    failed = zodb.schedule(fail, key="k")
+    zodb.wait(failed)
+    tm = transaction.TransactionManager(explicit=True)
+    with closing(zodb.databases[""].open(tm)) as connection:
+        scheduler = zodb.scheduler.bind(tm, Caller(connect=lambda: connection))
+        with pytest.raises(NoTransaction):
+            scheduler.retry(failed)
+        tm.begin()
+        assert scheduler._table().keyed("k") == failed
+        tm.abort()
 
 
 @everywhere("ZODB, default, retry", "ZODB, explicit, retry")

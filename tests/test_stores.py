@@ -326,17 +326,6 @@ def test_record_that_is_added_without_a_transaction_is_in_no_later_one(zodb_stor
         assert seen.get(BESIDE) is None
 
 
-def test_key_that_is_taken_without_a_transaction_is_in_no_later_one(zodb_store):
-    """As where such a view tries a failed job again."""
-    with view(zodb_store) as seen:
-        seen.table.take_key("k", SID)
-        seen.commit()
-        with pytest.raises(NoTransaction):
-            seen.table.take_key("k", OTHER)
-        seen.tm.begin()
-        assert seen.table.keyed("k") == SID
-
-
 def test_one_transaction_sees_one_object(store):
     add(store)
     with view(store) as seen:
