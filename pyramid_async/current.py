@@ -40,7 +40,7 @@ class Job:
         self.record_read = False  # by the present attempt
         self.revision: int | None = None  # of the record that the attempt read
         self.checkpoints = 0
-        self.commit_checkpoint: Callable[[Any], None] | None = None
+        self.commit_checkpoint: Callable[[Any], None]  # of the present attempt
         self.started = self.changed = clock()
         self.percent: int | None = None
         self.message: str | None = None
@@ -93,8 +93,7 @@ class Job:
         Raises what `check` raises, and ConflictError, which the function must let pass.
         """
         self.check()
-        if self.commit_checkpoint is not None:
-            self.commit_checkpoint(cursor)
+        self.commit_checkpoint(cursor)
         self.cursor = cursor
         self.checkpoints += 1
 
