@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import defaultdict
@@ -10,10 +11,12 @@ from contextlib import contextmanager, suppress
 
 import transaction
 import ZODB
+from persistent import Persistent
 from transaction.interfaces import NoTransaction
 from webapp import GATES, Barrier
 from ZODB.MappingStorage import MappingStorage
 
+from pyramid_async import current_job
 from pyramid_async.ram import RamStore
 from pyramid_async.recovery import Recovery
 from pyramid_async.scheduler import Scheduler
@@ -32,6 +35,17 @@ def note(key, value=None):
     return value
 
 
+def check_until_told(name, key):
+    GATES[name].reached.set()
+    try:
+        while True:
+            current_job().check()
+            GATES[name].opened.wait(0.005)
+    except BaseException as error:
+        CALLS[key].append(error)
+        raise
+
+
 class Clock:
     """A clock that moves when it is told to."""
 
@@ -43,14 +57,37 @@ class Clock:
 
 
 class LosesReply(Barrier):
-    """A data manager that fails once the database has finished."""
+    """A data manager that fails once the database has finished, as often as *left* says."""
 
-    def __init__(self, error, sort_key="~~last"):
-        super().__init__(None, None, sort_key)
-        self.error = error
+    def __init__(self, error, left=None):
+        super().__init__(None, None, "~~last")
+        self.error, self.left = error, left or [math.inf]
 
     def tpc_finish(self, txn):
-        raise self.error
+        if self.left[0]:
+            self.left[0] -= 1
+            raise self.error
+
+
+class Shared(ZodbStore):
+    """Of a storage that several processes share, as far as anybody can tell."""
+
+    exclusive = False
+
+
+def refuse_to_load():
+    raise TypeError("Failure() takes one argument less")
+
+
+class Newer:
+    """What a newer version keeps in a record or a sign of life, and this one cannot load."""
+
+    def __reduce__(self):
+        return refuse_to_load, ()
+
+
+class Foreign(Persistent):
+    """What is no record."""
 
 
 class Events(dict):

@@ -10,7 +10,7 @@ from uuid import uuid4
 import pytest
 import transaction
 import ZODB
-from bare import CALLS
+from bare import CALLS, process
 from webapp import gate
 from ZODB.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
@@ -64,6 +64,20 @@ def closed_afterwards(database):
     database.close()
     # Files left open are reported here, by the test that left them, and not by a later one.
     gc.collect()
+
+
+@pytest.fixture(params=["ram", "zodb"])
+def one(request, db):
+    """One process; the test runs its jobs by hand."""
+    with process(request.param, db) as made:
+        yield made
+
+
+@pytest.fixture
+def durable(db):
+    """The same, with the ZODB alone."""
+    with process("zodb", db) as made:
+        yield made
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import types
 from uuid import uuid4
 
 import pytest
-from bare import CALLS, ROOT, Process, memory, process
+from bare import CALLS, ROOT, Foreign, Newer, Process, memory
 from persistent import Persistent
 from transaction.interfaces import TransientError
 from webapp import browser, echo
@@ -54,18 +54,6 @@ NO_TEXT = [None, 0, 1.5, b"00" * 16, (), Ellipsis]
 @pytest.fixture
 def db():
     yield from memory()
-
-
-@pytest.fixture(params=["ram", "zodb"])
-def one(request, db):
-    with process(request.param, db) as made:
-        yield made
-
-
-@pytest.fixture
-def durable(db):
-    with process("zodb", db) as made:
-        yield made
 
 
 def note(key, *values):
@@ -387,23 +375,8 @@ def test_arguments_that_are_damaged_fail_their_job_alone(durable, key):
 # -- records -------------------------------------------------------------------------------
 
 
-class Foreign(Persistent):
-    pass
-
-
 class Vanishing(JobRecord):
     """A kind of record that a later version has not."""
-
-
-def refuse_to_load():
-    raise TypeError("Failure() takes one argument less")
-
-
-class Newer:
-    """What a newer version keeps in a record and this one cannot load."""
-
-    def __reduce__(self):
-        return refuse_to_load, ()
 
 
 @pytest.mark.parametrize("bad", ["foreign", "gone", "text", "status", "newer"])

@@ -13,7 +13,20 @@ from types import SimpleNamespace
 
 import pytest
 import transaction
-from bare import CALLS, ROOT, Clock, Process, memory, process, store_of, together
+from bare import (
+    CALLS,
+    ROOT,
+    Clock,
+    Foreign,
+    Newer,
+    Process,
+    Shared,
+    check_until_told,
+    memory,
+    process,
+    store_of,
+    together,
+)
 from persistent import Persistent
 from persistent.mapping import PersistentMapping
 from transaction.interfaces import TransientError
@@ -55,23 +68,6 @@ def count_behind_gate(root, key, name):
 def tell_and_wait(name, percent):
     current_job().progress(percent, 100, "half way")
     GATES[name].pass_through()
-
-
-def check_until_told(name, key):
-    GATES[name].reached.set()
-    try:
-        while True:
-            current_job().check()
-            GATES[name].opened.wait(0.005)
-    except BaseException as error:
-        CALLS[key].append(error)
-        raise
-
-
-class Shared(ZodbStore):
-    """Of a storage that several processes share, as far as anybody can tell."""
-
-    exclusive = False
 
 
 class Machines:
@@ -1066,17 +1062,6 @@ def test_removal_by_another_process_reaches_the_running_job(machines, key, at):
     assert type(CALLS[key][0]) is JobTaken
 
 
-def refuse_to_load():
-    raise TypeError("Live() takes one argument less")
-
-
-class Newer:
-    """What a newer version keeps in its signs of life and this one cannot load."""
-
-    def __reduce__(self):
-        return refuse_to_load, ()
-
-
 def test_sign_that_cannot_be_read_keeps_nothing_else_from_being_done(machines, key):
     """The application went back to an older version of this library, say."""
     one, other = machines.process(), machines.process(workers=0)
@@ -1207,10 +1192,6 @@ def test_collected_result_never_costs_a_move(db, key):
 
 
 # -- bad records ---------------------------------------------------------------------------
-
-
-class Foreign(Persistent):
-    """Not a record."""
 
 
 class Vanishing(Persistent):

@@ -21,7 +21,7 @@ import pytest
 import transaction
 import webapp
 import ZODB
-from bare import CALLS, Events, note
+from bare import CALLS, Events, LosesReply, note
 from persistent import GHOST, Persistent
 from persistent.mapping import PersistentMapping
 from pyramid.config import Configurator
@@ -687,19 +687,6 @@ def test_hook_leaves_the_connection_and_the_transaction_of_the_request_alone(web
 # -- requests that are run again -----------------------------------------------------------
 
 
-class LosesReply(Barrier):
-    """A resource that fails after the database has finished, as often as *left* says."""
-
-    def __init__(self, left, error):
-        super().__init__("", "", "~~last")
-        self.left, self.error = left, error
-
-    def tpc_finish(self, txn):
-        if self.left[0]:
-            self.left[0] -= 1
-            raise self.error
-
-
 class ReplyLost(TransientError):
     pass
 
@@ -713,7 +700,7 @@ def test_commit_whose_reply_is_lost_makes_one_job(web, key):
 
     def schedule(request):
         sids.append([request.scheduler.schedule(note, key, number) for number in range(3)])
-        request.tm.get().join(LosesReply(left, ReplyLost()))
+        request.tm.get().join(LosesReply(ReplyLost(), left))
         return sids[-1]
 
     for sid in web.do(schedule):
@@ -734,7 +721,7 @@ def test_job_beside_a_retry_is_one_job_when_the_reply_to_their_commit_is_lost(we
 
     def retry_and_schedule(request):
         sids.append((request.scheduler.retry(failed), request.scheduler.schedule(note, key)))
-        request.tm.get().join(LosesReply(left, ReplyLost()))
+        request.tm.get().join(LosesReply(ReplyLost(), left))
 
     web.do(retry_and_schedule)
     assert sids[0] == sids[1]
@@ -750,7 +737,7 @@ def test_commit_whose_reply_is_lost_makes_one_job_even_if_that_expired_meanwhile
         while web.executor.held:
             web.executor.threads[0].join(0.005)
         request.scheduler.using(result_timeout=0).schedule(note, key)
-        request.tm.get().join(LosesReply(left, ReplyLost()))
+        request.tm.get().join(LosesReply(ReplyLost(), left))
 
     web.do(schedule)
     web.run(give, 1)
@@ -792,7 +779,7 @@ def test_job_runs_although_the_reply_to_its_commit_was_lost_for_good(web, key):
 
     def schedule(request):
         sids.append(request.scheduler.schedule(note, key, "ran"))
-        request.tm.get().join(LosesReply([1], OSError("connection reset")))
+        request.tm.get().join(LosesReply(OSError("connection reset"), [1]))
 
     with pytest.raises(OSError, match="connection reset"):
         web.do(schedule)
@@ -824,7 +811,7 @@ def test_repeat_of_a_request_finds_its_job_finished_and_leaves_it(web, key):
         sids.append(request.scheduler.schedule(note, key))
         if len(sids) == 2:
             web.wait(sids[0])
-        request.tm.get().join(LosesReply(left, ReplyLost()))
+        request.tm.get().join(LosesReply(ReplyLost(), left))
         return sids[-1]
 
     sid = web.do(schedule)

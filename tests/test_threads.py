@@ -17,13 +17,25 @@ from uuid import uuid4
 
 import pytest
 import transaction
-from bare import CALLS, ROOT, Clock, Process, memory, note, process, store_of, together
+from bare import (
+    CALLS,
+    ROOT,
+    Clock,
+    Process,
+    Shared,
+    check_until_told,
+    memory,
+    note,
+    process,
+    store_of,
+    together,
+)
 from pyramid.config import Configurator
 from pyramid_zodbconn import get_connection
 from webapp import GATES, Barrier, behind_gate, gate, pool_warnings
 from zope.interface.verify import verifyObject
 
-from pyramid_async import IScheduler, current_job
+from pyramid_async import IScheduler, JobStopped, current_job
 from pyramid_async.attempt import Surroundings
 from pyramid_async.interfaces import IExecutor
 from pyramid_async.jobs import FRESH
@@ -37,7 +49,7 @@ from pyramid_async.scheduler import (
 from pyramid_async.threads import exit_on_sigterm, stop_all, stop_together
 from pyramid_async.transactional import pending
 from pyramid_async.worker import Worker
-from pyramid_async.zodb import OpenedBeforeFork, ZodbStore
+from pyramid_async.zodb import OpenedBeforeFork
 
 
 @pytest.fixture
@@ -49,17 +61,6 @@ def count_at_gate(root, name, key):
     root["n"] = root.get("n", 0) + 1
     CALLS[key].append(current_job().attempt)
     GATES[name].pass_through()
-
-
-def check_until_told(name, key):
-    GATES[name].reached.set()
-    try:
-        while True:
-            current_job().check()
-            GATES[name].opened.wait(0.005)
-    except BaseException as error:
-        CALLS[key].append(type(error).__name__)
-        raise
 
 
 def thread_of_the_job():
@@ -426,7 +427,7 @@ def test_running_job_is_told_and_given_back(db, key, at):
         sid = one.schedule(check_until_told, at, key)
         GATES[at].reach()
         one.executor.stop(5)
-        assert CALLS[key] == ["JobStopped"]
+        assert [type(error) for error in CALLS[key]] == [JobStopped]
         record = one.record(sid)
         assert (record["status"], record.get("holder"), record.get("attempts", 0)) == (
             "accepted",
@@ -531,9 +532,6 @@ def test_jobs_that_wait_are_not_begun_any_more_and_left_to_who_is_next(db, key, 
 
 
 def test_jobs_that_wait_are_given_back_at_once_and_those_that_run_at_the_end(db, key, at, wait_for):
-    class Shared(ZodbStore):
-        exclusive = False
-
     store = Shared(db)
     store.install()
     one = Process(store, db, workers=1)
@@ -563,16 +561,14 @@ def test_jobs_that_wait_are_given_back_at_once_and_those_that_run_at_the_end(db,
 def test_job_whose_time_comes_while_the_process_stops_is_given_back(db, key, at, wait_for):
     """Recovery's thread may be in the midst of a look then."""
 
-    class Shared(ZodbStore):
-        exclusive = False
-
+    class Looking(Shared):
         def expire(self, now, goes_on):
             if one.recovery.timed():
                 GATES[at].pass_through()
                 super().expire(now, goes_on)
 
     now = Clock()
-    store = Shared(db, clock=now)
+    store = Looking(db, clock=now)
     store.install()
     one = Process(store, db, workers=1)
     one.executor.recovery = one.recovery
@@ -651,7 +647,7 @@ def test_suspended_executor_takes_no_jobs_and_tells_the_running_ones(db, key, at
         while one.worker.running:
             one.executor.threads[0].join(0.005)
         later = one.schedule(note, key, "later")
-        assert CALLS[key] == ["JobStopped"]
+        assert [type(error) for error in CALLS[key]] == [JobStopped]
         assert "no jobs are taken: the database is gone" in caplog.text
         assert one.cancel(sid) is True  # it was given back
         one.executor.suspended = False

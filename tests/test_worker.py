@@ -56,23 +56,10 @@ def db():
     yield from memory()
 
 
-@pytest.fixture(params=["ram", "zodb"])
-def one(request, db):
-    """One process; the test runs its jobs by hand."""
-    with process(request.param, db) as made:
-        yield made
-
-
 @pytest.fixture
 def unlogged(caplog):
     """What ends a job is not told to pytest, which would describe it, and keep its frames."""
     caplog.set_level(logging.CRITICAL, "pyramid_async")
-
-
-@pytest.fixture
-def durable(db):
-    with process("zodb", db) as made:
-        yield made
 
 
 # -- what jobs do --------------------------------------------------------------------------
