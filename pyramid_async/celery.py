@@ -38,9 +38,10 @@ from zope.interface import implementer
 from .application import close_applications
 from .attempt import end_transaction
 from .bells import AGAIN, BELL, Bells, app, broker_given, listen, take_bells_alone, transport
+from .hints import Hints
 from .interfaces import IExecutor, IExecutorFactory, IScheduler
 from .jobs import FRESH
-from .prefork import Hints, Signals
+from .prefork import Signals
 from .settings import read_settings
 from .transactional import transact
 from .worker import GIVE_BACK

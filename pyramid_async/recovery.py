@@ -97,7 +97,7 @@ class Recovery:
         # Process -> (its beat, when we first saw that beat, by our own clock).
         self._observed: dict[str, tuple[int | None, float]] = {}
         self._viewed = 0.0  # when the transaction began by which processes are judged, monotonic
-        # Where processes of a pool tell each other what they observed; see `prefork.Hints`.
+        # Where processes of a pool tell each other what they observed; see `hints.Hints`.
         self.hints: Any = None
         self._notes = self._notes_before = Notes(set())  # of this look and of the one before
         self.unbegun = 0  # jobs that were due and nobody's in the last look

@@ -70,10 +70,11 @@ MAP = {
     "config": ("*", "pyramid pyramid_zodbconn"),
     "__init__": ("interfaces jobs application current config", ""),
     "bells": ("", "celery click kombu"),
+    "hints": ("", ""),
     "prefork": ("interfaces", ""),
     # Nobody imports these.
     "celery": (
-        "interfaces jobs application transactional attempt worker settings bells prefork",
+        "interfaces jobs application transactional attempt worker settings bells hints prefork",
         "billiard celery pyramid transaction zope",
     ),
     "cli": ("interfaces jobs documents manage config", "pyramid zc"),

@@ -58,8 +58,9 @@ from pyramid_async import celery as module
 from pyramid_async.attempt import storage_at_work
 from pyramid_async.bells import AGAIN, BELL, Bells, Ring, connect
 from pyramid_async.celery import bell
+from pyramid_async.hints import Hints
 from pyramid_async.jobs import FRESH
-from pyramid_async.prefork import Hints, Signals, in_function
+from pyramid_async.prefork import Signals, in_function
 from pyramid_async.settings import read_settings
 from pyramid_async.transactional import pending
 

@@ -37,9 +37,9 @@ from ZODB.POSException import ConflictError
 from pyramid_async import current_job, manage, recovery
 from pyramid_async.attempt import Attempt
 from pyramid_async.current import Job
+from pyramid_async.hints import Hints
 from pyramid_async.interfaces import JobTaken
 from pyramid_async.jobs import FRESH, Live
-from pyramid_async.prefork import Hints
 from pyramid_async.recovery import ARCHIVE_AFTER, Sign
 from pyramid_async.scheduler import Scheduler, executor_for
 from pyramid_async.transactional import transact
