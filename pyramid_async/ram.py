@@ -279,6 +279,8 @@ def _strip(error: BaseException, seen: set[int]) -> None:
         seen.add(id(error))
         map_references([*error.args, vars(error)], look, (Persistent, BaseException))
         error.__traceback__ = error.__context__ = error.__cause__ = None
+        if isinstance(error, AttributeError):
+            error.obj = None  # any object of the job's, which a pickle leaves out as well
 
 
 @implementer(IJobTable)

@@ -937,6 +937,25 @@ def test_exception_keeps_no_frame_and_no_connection_alive(one, key):
     assert (error.__traceback__, error.__context__, error.__cause__) == (None, None, None)
 
 
+def misspell(root):
+    return root["thing"].nmae
+
+
+def misspell_in_group(root):
+    try:
+        misspell(root)
+    except AttributeError as error:
+        raise ExceptionGroup("outer", [error]) from None
+
+
+@pytest.mark.parametrize("f", [misspell, misspell_in_group])
+def test_exception_does_not_keep_what_has_no_such_attribute(one, f):
+    """It is no argument of the exception; in RAM it would stay as long as the job is kept."""
+    one.root(lambda root: root.update(thing=PersistentMapping()))
+    error = list(members(one.result(one.run(f, ROOT))[1]))[-1]
+    assert (type(error), error.obj) == (AttributeError, None)
+
+
 def in_list(error):
     return ValueError([{"why": error}])
 
