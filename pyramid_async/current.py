@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
+from copy import copy
 from typing import Any, ClassVar, TypeVar
 
 from .interfaces import JobInterrupted, JobTimeout
@@ -101,7 +102,8 @@ class Job:
         """Raise JobDismissed, JobTimeout or JobStopped when the job must not go on."""
         if self._interrupt is not None:
             self.heard = True
-            raise self._interrupt
+            # A copy: with the traceback in it the function's objects would wait for the collector.
+            raise copy(self._interrupt)
         if self.deadline is not None and time.monotonic() > self.deadline:
             self.interrupt(JobTimeout(f"job {self.sid!r} ran longer than its timeout"))
             self.check()

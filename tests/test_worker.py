@@ -31,6 +31,7 @@ from pyramid_async import (
     JobDismissed,
     JobFailed,
     JobStopped,
+    JobTimeout,
     OperationFailed,
     current_job,
 )
@@ -695,6 +696,22 @@ def test_what_a_job_held_is_let_go_at_its_end(one, key):
     gc.disable()
     try:
         one.run(remember_the_job, key)
+        assert CALLS[key][0]() is None
+    finally:
+        gc.enable()
+
+
+def hold_and_be_interrupted(key):
+    local = ArgumentsThatAreNone()
+    CALLS[key].append(weakref.ref(local))
+    current_job().interrupt(JobTimeout("injected"))
+    current_job().check()
+
+
+def test_what_a_job_held_is_let_go_when_it_is_interrupted(one, key, unlogged):
+    gc.disable()
+    try:
+        one.run(hold_and_be_interrupted, key)
         assert CALLS[key][0]() is None
     finally:
         gc.enable()
