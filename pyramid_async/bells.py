@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import re
 import struct
@@ -109,6 +110,7 @@ class Ring(NamedTuple):
     queue: str
     bell: str
     most_waiting: int | None = None  # only if the queue has no more: the job's own may wait
+    viewed: float = math.inf  # when the job was seen to be nobody's: its own is older, monotonic
 
 
 class Bells:
@@ -127,6 +129,7 @@ class Bells:
         # Sid -> since when, and when for the last time, monotonic.
         self._passed_over: dict[str, tuple[float, float]] = {}
         self._lengths: dict[str, tuple[float, int]] = {}  # queue -> (when, messages in it)
+        self._empty: dict[str, float] = {}  # queue -> when it was seen to be, monotonic
         self._connection: Any = None
         self._producer: Any = None  # of that connection
         self._declared: set[str] = set()  # queues, by that connection
@@ -146,11 +149,17 @@ class Bells:
         return time.monotonic() - self._rung.get(sid, -PAUSE) < PAUSE
 
     def ring(
-        self, sid: str, queue_name: str | None, bell: str, most_waiting: int | None = None
+        self,
+        sid: str,
+        queue_name: str | None,
+        bell: str,
+        most_waiting: int | None = None,
+        viewed: float = math.inf,
     ) -> None:
         """Have a message sent; never wait."""
         if self.room():  # else recovery rings later
-            self._waiting.put(Ring(sid, queue_name or self.default_queue, bell, most_waiting))
+            queue_name = queue_name or self.default_queue
+            self._waiting.put(Ring(sid, queue_name, bell, most_waiting, viewed))
             self._note(sid)
 
     def stop(self, timeout: float) -> None:
@@ -288,7 +297,9 @@ class Bells:
         now = time.monotonic()
         since, _ = self._passed_over.get(ring.sid, (now, now))
         self._passed_over[ring.sid] = since, now
-        if now - since < PASSED_OVER or length > most:
+        # Many bells were lost: the first of those that replace them must not keep out the others.
+        lost = ring.viewed <= self._empty.get(ring.queue, -math.inf)
+        if length > most or not (lost or now - since >= PASSED_OVER):
             return True
         self._lengths[ring.queue] = self._lengths[ring.queue][0], length + 1
         return False
@@ -297,7 +308,9 @@ class Bells:
         when, length = self._lengths.get(queue_name, (-LENGTH_KNOWN, 0))
         if time.monotonic() - when >= LENGTH_KNOWN:
             length = self._declare(queue_name)
-            self._lengths[queue_name] = time.monotonic(), length
+            self._lengths[queue_name] = when, _ = time.monotonic(), length
+            if not length:
+                self._empty[queue_name] = when
             self._forget_begun()
         return length
 

@@ -167,7 +167,7 @@ class CeleryExecutor:
         """
         if seen is None:
             if not self.bells.rung(sid):
-                self._ring(sid, queue, AGAIN, self.recovery.unbegun)
+                self._ring(sid, queue, AGAIN, self.recovery.unbegun, self.recovery.viewed)
         elif seen == FRESH:
             self._ring(sid, queue or self._queue_of(sid), AGAIN)
         elif self.worker.free(sid, seen):
@@ -180,12 +180,10 @@ class CeleryExecutor:
 
         return transact(self.worker.store, read)
 
-    def _ring(
-        self, sid: str, queue: str | None, bell: str, most_waiting: int | None = None
-    ) -> None:
+    def _ring(self, sid: str, queue: str | None, bell: str, *unless_others_wait: Any) -> None:
         if self._pid != os.getpid():
             self.start()
-        self.bells.ring(sid, queue, bell, most_waiting)
+        self.bells.ring(sid, queue, bell, *unless_others_wait)
 
     def room(self) -> int:
         """See IExecutor."""

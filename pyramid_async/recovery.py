@@ -96,7 +96,7 @@ class Recovery:
         self._thread: threading.Thread | None = None
         # Process -> (its beat, when we first saw that beat, by our own clock).
         self._observed: dict[str, tuple[int | None, float]] = {}
-        self._viewed = 0.0  # when the transaction began by which processes are judged, monotonic
+        self.viewed = 0.0  # when the transaction began by which processes are judged, monotonic
         # Where processes of a pool tell each other what they observed; see `hints.Hints`.
         self.hints: Any = None
         self._notes = self._notes_before = Notes(set())  # of this look and of the one before
@@ -368,7 +368,7 @@ class Recovery:
 
     def _look(self, table: Any) -> dict[str, float]:
         """Rescue what is lost; return what ended: sid -> seconds since then."""
-        now, self._viewed = self.store.clock(), self.monotonic()
+        now, self.viewed = self.store.clock(), self.monotonic()
         self._unbegun = 0
         ended = {}
         for number, (sid, record) in enumerate(table.all_unfinished(), 1):
@@ -436,7 +436,7 @@ class Recovery:
 
         As of the transaction's begin, however long it takes: it sees no later sign.
         """
-        beat, now = None if sign is None else sign.beat, self._viewed
+        beat, now = None if sign is None else sign.beat, self.viewed
         seen, since = self._observed.get(holder, (beat, now))
         self._observed[holder] = (beat, since if beat == seen else now)
         return beat == seen and now - since > self.lease
@@ -465,7 +465,7 @@ class Recovery:
 
     def _processes(self, table: Any) -> dict[str, bool]:
         """Return the processes that have a sign of life, and whether it is to go."""
-        self._viewed = self.monotonic()
+        self.viewed = self.monotonic()
         held = self._notes.holders
         return {p: p not in held and self._silent(p, sign) for p, sign in table.signs()}
 

@@ -540,6 +540,22 @@ def test_a_lost_bell_is_not_rung_again_before_other_jobs_had_their_time(broker, 
     assert lengths == [1] * (len(lengths) - 1) + [2]
 
 
+def test_where_all_bells_were_lost_one_look_rings_for_as_many_jobs_as_it_found(broker, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(bells, "time", SimpleNamespace(monotonic=clock))
+    ringer, queue = Bells(broker, "queue", 10), uuid4().hex
+    viewed = clock.now
+
+    def ring(job, viewed):
+        ringer._pass_on([Ring(f"{job:032}", queue, AGAIN, 3, viewed)])
+        clock.now += bells.LENGTH_KNOWN
+        return ringer._declare(queue)
+
+    assert ring(0, viewed) == 1
+    assert ring(1, clock.now) == 1  # its own bell may be the one that waits
+    assert [ring(job, viewed) for job in range(2, 6)] == [2, 3, 4, 4]
+
+
 def test_one_look_makes_no_more_copies_than_there_are_jobs_that_nobody_began(broker, monkeypatch):
     clock = Clock()
     monkeypatch.setattr(bells, "time", SimpleNamespace(monotonic=clock))
@@ -565,8 +581,10 @@ def test_recovery_rings_for_a_lost_job_with_the_number_of_those_that_nobody_bega
         executor.grace = -1.0  # they have waited long enough
         executor.recovery.look()
         rings.clear()
+        begun = time.monotonic()
         executor.recovery.look()
-        assert set(rings) == {(sid, None, AGAIN, 3) for sid in sids}
+        assert {ring[:-1] for ring in rings} == {(sid, None, AGAIN, 3) for sid in sids}
+        assert begun <= rings[0][-1] <= time.monotonic()
 
 
 def test_recovery_does_not_ring_again_a_moment_later(broker):
