@@ -44,7 +44,7 @@ from .jobs import FRESH
 from .prefork import Signals
 from .settings import read_settings
 from .transactional import transact
-from .worker import GIVE_BACK
+from .worker import GIVE_BACK, LEFT_PAUSE
 
 log = logging.getLogger(__name__)
 
@@ -197,6 +197,8 @@ class CeleryExecutor:
         if not isinstance(sid, str) or not SID.fullmatch(sid):
             log.warning("a bell for %.60r, which is no job's id", sid)
             return
+        if self.suspended:
+            time.sleep(LEFT_PAUSE)  # the next bells are for those who reach the database
         timeout = RECORD_TIMEOUT_AGAIN if again else RECORD_TIMEOUT
         pause, deadline = 0.005, time.monotonic() + timeout
         while self._takes_jobs() and not self._run(sid, again) and not self._is_hidden(sid):

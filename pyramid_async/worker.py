@@ -40,6 +40,10 @@ GIVE_BACK = 1.0
 # Longest pause between two attempts at a conflicting commit, seconds.
 LONGEST_PAUSE = 5.0
 
+# Pause of who cannot reach the database before the next job, seconds: it would take one after the
+# other from those who can, and fill the log.
+LEFT_PAUSE = 1.0
+
 # Longest delay before a job is tried again by `retry_on`, seconds.
 LONGEST_DELAY = 300.0
 
@@ -114,6 +118,7 @@ class Worker:
         except Exception:
             # The database is out of reach, or this is a defect: recovery finds the job later.
             log.exception("job %r was left as it is", sid)
+            time.sleep(LEFT_PAUSE)
         finally:
             self._remember(job)
             del self.running[sid]

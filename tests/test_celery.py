@@ -63,6 +63,7 @@ from pyramid_async.jobs import FRESH
 from pyramid_async.prefork import Signals, in_function
 from pyramid_async.settings import read_settings
 from pyramid_async.transactional import pending
+from pyramid_async.worker import LEFT_PAUSE
 
 DEPLOYMENT = Path(__file__).parent / "deployment"
 ROOT = DEPLOYMENT.parent.parent
@@ -619,8 +620,11 @@ def test_who_runs_no_jobs_looks_for_none(broker):
         assert "pyramid_async-recovery" not in names
 
 
-@pytest.mark.parametrize("reason", ["suspended", "ends"])
-def test_who_takes_no_jobs_leaves_a_job_to_others(reason, broker):
+@pytest.mark.parametrize(("reason", "pauses"), [("suspended", [LEFT_PAUSE]), ("ends", [])])
+def test_who_takes_no_jobs_leaves_a_job_to_others(reason, pauses, broker, monkeypatch):
+    """And the next bells, too, where it would answer them all in no time and in vain."""
+    slept = []
+    clock = SimpleNamespace(monotonic=Clock(), sleep=slept.append)
     with client(broker) as web:
         executor = web.scheduler.executor
         executor.recovery.stop(5)  # it would notice that all is well
@@ -629,7 +633,9 @@ def test_who_takes_no_jobs_leaves_a_job_to_others(reason, broker):
         else:
             executor.suspended = True
         sid = sid_of(web.start(echo))
+        monkeypatch.setattr(module, "time", clock)
         executor.answer(sid, again=False)
+        assert slept == pauses
         assert web.scheduler.transact(lambda s: s.status(sid)).status == "accepted"
 
 

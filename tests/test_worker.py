@@ -40,7 +40,7 @@ from pyramid_async.failures import TEXT_LIMIT, TRACEBACK_LIMIT, members
 from pyramid_async.interfaces import JobTaken, NotSchedulable
 from pyramid_async.jobs import ACCEPTED, RUNNING, Live
 from pyramid_async.recovery import Sign
-from pyramid_async.worker import LONGEST_DELAY, LONGEST_PAUSE
+from pyramid_async.worker import LEFT_PAUSE, LONGEST_DELAY, LONGEST_PAUSE
 from pyramid_async.zodb import ZodbStore
 
 OWN = {}  # key of a test -> the process whose scheduler its jobs use
@@ -1845,8 +1845,11 @@ def test_many_wake_ups_from_many_threads_run_each_job_once(db, key, kind):
         assert sorted(CALLS[key]) == list(range(10))
 
 
-def test_worker_leaves_the_job_when_the_database_is_out_of_reach(durable, key, caplog):
-    """It logs and goes on; recovery finds the job later."""
+def test_worker_leaves_the_job_when_the_database_is_out_of_reach(durable, key, caplog, monkeypatch):
+    """It logs, waits for a moment and goes on; recovery finds the job later."""
+    slept = []
+    clock = SimpleNamespace(monotonic=Clock(), sleep=slept.append)
+    monkeypatch.setattr(pyramid_async.worker, "time", clock)
     sid = durable.schedule(note, key)
     table = durable.store.table
 
@@ -1858,6 +1861,7 @@ def test_worker_leaves_the_job_when_the_database_is_out_of_reach(durable, key, c
     durable.worker.run(sid)
     durable.store.table = table
     assert "was left as it is" in caplog.text
+    assert slept[-1:] == [LEFT_PAUSE]
     assert (CALLS[key], durable.status(sid).status) == ([], "accepted")
     durable.worker.run(sid)
     assert CALLS[key] == [None]
