@@ -501,7 +501,11 @@ class Check:
             return None
         if holder is not None:
             return f"is held by {self.inside.table.last_seen(holder)}; nobody took it over"
-        return None if self.somebody_works() else "waits, and no process shows a sign of life"
+        if self.somebody_works():
+            return None
+        queue = record.option("queue")
+        where = "" if queue is None else f" in the queue {queue!r}"
+        return f"waits{where}, and no process shows a sign of life"
 
     def somebody_works(self) -> bool:
         signs = filter(None, self.signs.values())

@@ -726,7 +726,7 @@ def test_check_finds_maintenance_that_nobody_does(durable, set_clock):
 def test_check_finds_jobs_that_nobody_has(durable, monkeypatch, set_clock):
     """Not on a storage of one process: whoever opens it next takes them up."""
     due = durable.scheduler.store.clock() + 1000
-    free = put(durable, echo, run_after=1000)
+    free = put(durable, echo, run_after=1000, queue="reports")
     transact(durable.scheduler.store, lambda table: setattr(table.get(free), "holder", None))
     with gate() as name:
         held = put(durable, behind_gate, name)
@@ -737,7 +737,8 @@ def test_check_finds_jobs_that_nobody_has(durable, monkeypatch, set_clock):
         assert "nobody took it over" in findings(durable)[held]
         assert free not in findings(durable)
         set_clock(durable, due + 130)
-        assert "no process shows a sign of life" in findings(durable)[free]
+        waits = "waits in the queue 'reports', and no process shows a sign of life"
+        assert waits in findings(durable)[free]
         show_sign(durable, "somebody", 1)
         assert findings(durable).keys() == {held}
         show_sign(durable, durable.scheduler.store.process, 1)
