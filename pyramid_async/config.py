@@ -32,7 +32,7 @@ from .ram import RamStore
 from .requests import RequestSurroundings, origin_of
 from .scheduler import Caller, Operation, RequestIds, Scheduler, add_recovery
 from .settings import BadSetting, read_settings
-from .threads import ThreadExecutor, exit_on_sigterm
+from .threads import ThreadExecutor, exit_on_sigterm, heed_mod_wsgi
 from .waiting import note_transaction
 from .worker import Worker
 from .zodb import AFTER_FORK, OpenedBeforeFork, ZodbStore
@@ -193,6 +193,7 @@ def start(event: Any) -> None:
         )
     enlarge_pools(registry, executor.workers)
     exit_on_sigterm()
+    heed_mod_wsgi()
     if databases(registry) and will_fork():
         # A request of a child could hang on a forked ZEO client before it meets our own check.
         raise ConfigurationError(f"this server would open the ZODB and then fork: {AFTER_FORK}")

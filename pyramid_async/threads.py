@@ -266,6 +266,20 @@ def _exit(signum: int, frame: Any) -> None:
     sys.exit(128 + signum)
 
 
+def heed_mod_wsgi() -> None:
+    """Let requests be held no longer once a process of mod_wsgi is told to end.
+
+    It waits for them before `stop` can run, and is killed after seconds.
+    """
+    subscribe = getattr(sys.modules.get("mod_wsgi"), "subscribe_shutdown", None)
+    if subscribe:
+        subscribe(_note_exit)
+
+
+def _note_exit(event: str, **details: Any) -> None:
+    Exit.asked = True
+
+
 def _forget(handler: Any) -> None:
     """Let SIGTERM end a child of ``multiprocessing`` at once again.
 

@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 from contextvars import ContextVar, copy_context
 from pathlib import Path
+from types import SimpleNamespace
 from uuid import uuid4
 
 import pytest
@@ -686,6 +687,19 @@ def test_sigterm_is_left_alone_outside_of_the_main_thread(sigterm):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     together(exit_on_sigterm)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_shutdown_of_mod_wsgi_is_noted(monkeypatch, sigterm):
+    """It waits for the requests that are held, and kills the process before the jobs are told."""
+    subscribed = []
+    module = SimpleNamespace(subscribe_shutdown=subscribed.append)
+    monkeypatch.setitem(sys.modules, "mod_wsgi", module)
+    with Configurator() as config:
+        config.include("pyramid_async")
+        config.make_wsgi_app()
+    (tell,) = subscribed
+    tell("process_stopping", shutdown_reason="")
+    assert Exit.asked
 
 
 # -- processes -----------------------------------------------------------------------------
