@@ -252,7 +252,8 @@ def with_hints(response: Any, job: JobStatus, waited: int | None) -> Any:
 # -- entity tags -----------------------------------------------------------------------
 
 
-_REVISION = re.compile("[0-9]{1,30}")
+# Apache's mod_deflate says by a suffix that it compressed, and leaves it to us to take it back.
+_REVISION = re.compile("([0-9]{1,30})(?:-[a-z]+)?")
 
 
 def etag(job: JobStatus) -> str:
@@ -269,7 +270,8 @@ class Tags:
     def __init__(self, header: str) -> None:
         self.any = header.strip() == "*"
         self.opaque = set(re.findall(r'"([^"]*)"', header))
-        self.revisions = {int(tag) for tag in self.opaque if _REVISION.fullmatch(tag)}
+        found = map(_REVISION.fullmatch, self.opaque)
+        self.revisions = {int(match[1]) for match in found if match}
 
     def match(self, job: JobStatus) -> bool:
         return self.any or any(self._is_known(job, revision) for revision in self.revisions)

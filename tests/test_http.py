@@ -329,6 +329,16 @@ def test_known_document_is_answered_with_304(web, at_gate):
         assert response.headers["Cache-Control"] == "no-store"
 
 
+@pytest.mark.parametrize("suffix", ["-gzip", "-br"])
+def test_tag_is_known_with_what_apache_adds_for_compression(web, at_gate, suffix):
+    url = running(web, web.url(behind_gate, at_gate), at_gate)
+    tag = web.get(url).headers["ETag"]
+    known = {"If-None-Match": f'{tag[:-1]}{suffix}"'}
+    web.get(url, headers=known, status=304)
+    answer = web.get(url + "?wait=1", headers=known, status=304)
+    assert answer.headers["Preference-Applied"] == "wait=1"
+
+
 def test_304_of_a_finished_job_has_no_time_to_come_again(web):
     url, _ = web.finished(echo)
     tag = web.get(url).headers["ETag"]
