@@ -64,7 +64,7 @@ MAP = {
     "pages": ("interfaces jobs documents inputs resources views manage", "pyramid"),
     "client": ("inputs resources", "pyramid"),
     # The former is a part of Python from 3.14 on.
-    "jsonrpc": ("interfaces jobs documents resources views", "annotationlib pyramid"),
+    "jsonrpc": ("interfaces jobs documents resources views", "pyramid"),
     "openapi": ("jobs documents resources listing client jsonrpc", "pyramid"),
     "settings": ("jobs", ""),
     "config": ("*", "pyramid pyramid_zodbconn"),
@@ -129,7 +129,7 @@ def ours_and_others(source):
         else:
             known = below and (below[0] in MAP or below[0] in modules())
             ours.add(below[0] if known else "__init__")
-    return ours, others - sys.stdlib_module_names
+    return ours, others - sys.stdlib_module_names - {"annotationlib"}  # which 3.14 brings
 
 
 def violations(module, source):
