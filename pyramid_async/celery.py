@@ -26,14 +26,20 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import transaction
-from billiard.pool import EX_RECYCLE
-from celery import signals
-from celery.worker import state
 from pyramid.config import global_registries
 from pyramid.exceptions import ConfigurationError
 from pyramid.paster import get_app, get_appsettings, setup_logging
 from pyramid.scripts.common import get_config_loader
 from zope.interface import implementer
+
+try:
+    from billiard.pool import EX_RECYCLE
+    from celery import signals
+    from celery.worker import state
+except ModuleNotFoundError as error:
+    raise ConfigurationError(
+        f"Celery cannot be used, {error}: pip install 'pyramid_async[celery]'"
+    ) from error
 
 from .application import close_applications
 from .attempt import end_transaction

@@ -6,7 +6,6 @@ import logging
 import os
 from contextvars import ContextVar
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 from pyramid.config import PHASE1_CONFIG
@@ -55,7 +54,7 @@ def setup(config: Any) -> None:
         return  # included again after `config.commit`: another would not know the operations
     config.include("pyramid_tm")
     if config.registry.settings.get("async.executor") == "celery":
-        include_celery(config)
+        config.include("pyramid_async.celery")
     # Above Pyramid's exception views, pyramid_tm and what else may open the ZODB.
     config.add_tween("pyramid_async.config.outer_tween_factory")
     config.add_tween("pyramid_async.config.inner_tween_factory", under=EXCVIEW)
@@ -69,14 +68,6 @@ def setup(config: Any) -> None:
     openapi.add_openapi(config)
     add_scheduler(config)
     config.add_subscriber(start, ApplicationCreated)
-
-
-def include_celery(config: Any) -> None:
-    if find_spec("celery") is None:
-        raise ConfigurationError(
-            "async.executor is celery, which is not installed: pip install 'pyramid_async[celery]'"
-        )
-    config.include("pyramid_async.celery")
 
 
 def add_scheduler(config: Any) -> None:

@@ -953,11 +953,14 @@ def test_of_a_database_that_workers_can_open_nothing_is_told(broker, caplog):
     assert caplog.text == ""
 
 
-def test_a_missing_celery_is_told_by_its_name(monkeypatch):
-    monkeypatch.setitem(sys.modules, "celery", None)
-    refused = pytest.raises(ConfigurationError, match=r"pip install 'pyramid_async\[celery\]'")
-    with refused, browser({"async.executor": "celery"}, zodb="memory://"):
-        pass
+@pytest.mark.parametrize("included", ["pyramid_async", "pyramid_async.celery"])
+@pytest.mark.parametrize("missing", ["billiard.pool", "celery"])
+def test_a_missing_celery_is_told_by_its_name(included, missing, monkeypatch):
+    monkeypatch.delitem(sys.modules, module.__name__)
+    monkeypatch.delattr(module.__name__)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ConfigurationError, match=r"pip install 'pyramid_async\[celery\]'"):
+        Configurator(settings={"async.executor": "celery"}).include(included)
 
 
 def test_including_the_module_is_enough(broker):
