@@ -63,7 +63,6 @@ MAP = {
     "manage": ("interfaces jobs process transactional documents", "transaction"),
     "pages": ("interfaces jobs documents inputs resources views manage", "pyramid"),
     "client": ("inputs resources", "pyramid"),
-    # The former is a part of Python from 3.14 on.
     "jsonrpc": ("interfaces jobs documents resources views", "pyramid"),
     "openapi": ("jobs documents resources listing client jsonrpc", "pyramid"),
     "settings": ("jobs", ""),
