@@ -460,6 +460,7 @@ export class AsyncJobElement extends Base {
   #stop;
   #job = null;
   #followed; // the address of the job that is shown
+  #headers;
 
   constructor() {
     super();
@@ -530,6 +531,15 @@ export class AsyncJobElement extends Base {
 
   set src(url) {
     this.setAttribute("src", url);
+  }
+
+  // React, Vue and Svelte make an attribute of what the element does not have.
+  get headers() {
+    return this.#headers;
+  }
+
+  set headers(headers) {
+    this.#headers = headers;
   }
 
   #options() {

@@ -925,6 +925,22 @@ test("an element that was refused asks with new headers when it is put in place 
   await until(async () => (await shown.text("status")) === "Finished");
 });
 
+test("an element has headers before they are given, as frameworks that set properties ask", LIMIT, async () => {
+  const shown = await visit();
+  await shown.page.route("**/async/pretended*", (route) =>
+    route.request().headers().authorization
+      ? told(route, { status: "successful", done: true })
+      : route.fulfill({ status: 401 }),
+  );
+  await shown.page.evaluate(() => {
+    const job = document.createElement("async-job");
+    if ("headers" in job) job.headers = { Authorization: "Bearer x" };
+    job.src = "/async/pretended";
+    document.querySelector("main").append(job);
+  });
+  await until(async () => (await shown.text("status")) === "Finished");
+});
+
 test("an element that was given another job when it was refused can be moved with it", LIMIT, async () => {
   const shown = await visit();
   await shown.page.route("**/async/refused*", (route) => route.fulfill({ status: 404 }));
