@@ -76,6 +76,7 @@ class RequestSurroundings(Surroundings):
         properties = tuple(extensions.descriptors.items())
         request.__class__ = with_owner(type(request), properties)  # type: ignore[arg-type]
         root = registry.queryUtility(IRootFactory, default=DefaultRootFactory)(request)
+        request.__dict__["root"] = root  # as the router does
         if getattr(request, "context", None) is None:
             request.context = root
         return request

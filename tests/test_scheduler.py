@@ -165,6 +165,11 @@ def look_at_transaction():
     return txn.user, txn.description, txn.extension["pyramid_async"], job.sid
 
 
+def has_root():
+    request = current_job().request
+    return type(request.root).__name__, request.root is request.context
+
+
 def is_surrounded():
     job = current_job()
     request = job.request
@@ -2119,6 +2124,11 @@ def test_root_factory_sees_the_jobs_user(web):
     web.wait(sid)
     assert set(web.registry.roots_made_for) <= {"ann"}
     assert "ann" in web.registry.roots_made_for
+
+
+@in_both_stores
+def test_request_has_the_root_as_in_a_view(web):
+    assert tuple(web.run(has_root)) == ("Root", True)
 
 
 @in_both_stores
