@@ -170,7 +170,7 @@ class JobRecord(Persistent):
     status = ACCEPTED
     revision = 1  # grows with every change that a client can see
     owner: str | None = None  # authenticated user id of the scheduling request
-    origin: tuple[str, ...] | None = None  # scheme, host, script name of that request
+    origin: tuple[str, ...] | None = None  # see `requests.ORIGIN`
     process_id: str | None = None  # public name of a registered operation
     options: dict[str, Any] | None = None
     run_after: float | None = None  # not before this moment, seconds since the epoch

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import pyramid_tm
-from pyramid.interfaces import IRequestExtensions, IRequestFactory, IRootFactory
+from pyramid.interfaces import VH_ROOT_KEY, IRequestExtensions, IRequestFactory, IRootFactory
 from pyramid.request import Request
 from pyramid.threadlocal import manager as threadlocals
 from pyramid.traversal import DefaultRootFactory
@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 # Key of the user in a job's environ.
 OWNER = "pyramid_async.owner"
+# What a job's environ has of the request that scheduled it; the last one where it is used.
+ORIGIN = ("wsgi.url_scheme", "HTTP_HOST", "SCRIPT_NAME", VH_ROOT_KEY)
 
 
 @lru_cache(maxsize=8)
@@ -33,10 +35,12 @@ def with_owner(kind: type, properties: tuple[tuple[str, Any], ...]) -> type:
     return type(kind.__name__, (kind,), {"authenticated_userid": owner, **dict(properties)})
 
 
-def origin_of(request: Any) -> tuple[str, str, str]:
-    """Return (scheme, host, script name), so that a job makes the URLs of its request."""
+def origin_of(request: Any) -> tuple[str, ...]:
+    """Return what a job needs to make the URLs of its request: the values of `ORIGIN`."""
     # As the environ has it: the attribute is decoded, and a DummyRequest has no scheme.
-    return getattr(request, "scheme", "http"), request.host, request.environ.get("SCRIPT_NAME", "")
+    environ = request.environ
+    origin = getattr(request, "scheme", "http"), request.host, environ.get("SCRIPT_NAME", "")
+    return (*origin, environ[VH_ROOT_KEY]) if environ.get(VH_ROOT_KEY) else origin
 
 
 class RequestSurroundings(Surroundings):
@@ -59,11 +63,7 @@ class RequestSurroundings(Surroundings):
     def prepare(self, record: JobRecord) -> Any:
         """Complete the request with what the scheduling request was: its host and its user."""
         request = self.request
-        if record.origin:
-            scheme, host, script_name = record.origin
-            request.environ.update(
-                {"wsgi.url_scheme": scheme, "HTTP_HOST": host, "SCRIPT_NAME": script_name}
-            )
+        request.environ.update(zip(ORIGIN, record.origin or (), strict=False))
         # Set before the root factory asks; the record is a ghost when the callbacks are called.
         request.environ[OWNER] = record.owner
         # As `pyramid.scripting.prepare`, but for the class.

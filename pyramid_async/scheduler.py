@@ -67,7 +67,7 @@ class Caller(NamedTuple):
 
     connect: Callable[[], Any] | None = None
     owner: str | None = None
-    origin: tuple[str, str, str] | None = None
+    origin: tuple[str, ...] | None = None
     new_sid: Callable[[], str] = new_id
     repeated: bool = False
     respond: Callable[[JobStatus], Any] | None = None

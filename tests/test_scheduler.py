@@ -24,6 +24,7 @@ import ZODB
 from bare import CALLS, Events, LosesReply, note
 from persistent import GHOST, Persistent
 from persistent.mapping import PersistentMapping
+from pyramid import testing
 from pyramid.config import Configurator
 from pyramid.exceptions import ConfigurationError
 from pyramid.request import Request
@@ -163,6 +164,12 @@ def look_around(*names):
 def look_at_transaction():
     job, txn = current_job(), current_job().request.tm.get()
     return txn.user, txn.description, txn.extension["pyramid_async"], job.sid
+
+
+def look_from_a_virtual_root():
+    root = testing.DummyResource()
+    shop = testing.DummyResource("shop", root)
+    return current_job().request.resource_url(testing.DummyResource("ann", shop))
 
 
 def has_root():
@@ -2100,6 +2107,15 @@ def test_user_and_host_are_those_of_the_scheduling_request(web):
         "/app",
         "https://shop.example.org:8443/app",
     ]
+
+
+@in_both_stores
+def test_urls_of_a_virtual_root_are_those_of_the_scheduling_request(web):
+    def schedule(request):
+        request.environ["HTTP_X_VHM_ROOT"] = "/shop"  # not before: this root has no such child
+        return request.scheduler.schedule(look_from_a_virtual_root)
+
+    assert web.outcome(web.do(schedule))[0] == "http://localhost/ann/"
 
 
 @in_both_stores
