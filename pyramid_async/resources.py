@@ -84,6 +84,9 @@ class Outside:
     def __init__(self, request: Any) -> None:
         pass
 
+    def __getitem__(self, name: str) -> Outside:
+        return self  # to wherever a virtual root leads
+
 
 class NotAllowed:
     """The view for all other methods: Pyramid alone would say 404."""

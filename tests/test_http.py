@@ -784,6 +784,15 @@ def test_default_permission_of_the_application_does_not_count():
         web.delete(url, status=200)
 
 
+def test_virtual_root_of_the_application_does_not_count(web):
+    url, _ = web.finished(echo)
+    below = {"X-Vhm-Root": "/customers/acme"}
+    web.get(url, headers=below, status=200)
+    web.post(url, headers=below, status=405)
+    web.get("/async/client.js", headers=below, status=200)
+    web.delete(url, headers=below, status=200)
+
+
 def test_root_of_the_application_is_made_for_strangers_alone(web):
     url, _ = web.finished(echo, user="alice")
     made = Root.made
