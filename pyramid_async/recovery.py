@@ -144,10 +144,17 @@ class Recovery:
         while not self._ended.is_set():
             self._take(*STEPS)
             pause = min(self._next.values()) - self.monotonic()
-            self._wake.wait(max(0.01, min(pause, self._fire())))
+            self._rest(max(0.01, min(pause, self._fire())))
             self._wake.clear()
         if self._last is not None:
             self._last()
+
+    def _rest(self, pause: float) -> None:
+        """Wait.  If we were stopped meanwhile, others may have been: that time does not count."""
+        end = self.monotonic() + pause
+        self._wake.wait(pause)
+        late = max(0.0, self.monotonic() - end)
+        self._observed = {p: (beat, since + late) for p, (beat, since) in self._observed.items()}
 
     def _take(self, *names: str) -> None:
         """Take those steps whose time has come."""

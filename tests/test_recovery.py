@@ -645,6 +645,23 @@ def test_silent_process_is_rescued_after_a_lease_and_not_before(machines, key, a
     assert other.root(lambda root: root["n"]) == 1
 
 
+def test_the_time_that_the_observer_stood_still_does_not_count(machines, key, at, wait_for):
+    """All were stopped together, and the others have had no time yet to show life."""
+    one, other = machines.process(), machines.process()
+    wake = SimpleNamespace(wait=lambda pause: machines.pass_time(pause + 10 * LEASE))
+    with frozen(one, key, at) as sid:
+        other.recovery.look()
+        other.recovery._wake = wake
+        other.recovery._rest(1.0)
+        other.recovery.look()
+        assert other.executor.held == set()
+        machines.pass_time(LEASE)
+        other.recovery.look()
+        wait_for(lambda: len(CALLS[key]) == 2)
+        GATES[at].opened.set()
+        other.wait(sid)
+
+
 def test_processes_of_a_pool_know_together_who_is_silent(machines, key, at, wait_for):
     """One that is renewed every few jobs lives no lease itself."""
     one, hints = machines.process(), Hints()
