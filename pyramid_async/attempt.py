@@ -165,7 +165,7 @@ class Attempt:
             record = self._begin()
             if record is None or not record.belongs_to(self.job.holder, self.job.signature):
                 raise NotOurs(record)
-            if record.run_after is not None and record.run_after > self.store.clock():
+            if not self.job.begun and (record.run_after or 0.0) > self.store.clock():
                 raise NotDue(record.run_after)
             self.job.record_read = True
             self.job.request = self.surroundings.prepare(record)

@@ -267,7 +267,8 @@ class Recovery:
     def _is_to_be_shown(self, job: Any) -> bool:
         """Say whether others are to be told of an attempt now: they might run the job too."""
         known = self.store.exclusive or job.signature in self._listed
-        return not known and self.store.clock() - job.started >= SHOWN_AFTER
+        # A clock that was put back must not hide it.
+        return not known and abs(self.store.clock() - job.started) >= SHOWN_AFTER
 
     def _tell(self, jobs: dict[str, Any], table: Any) -> None:
         for sid, job in jobs.items():

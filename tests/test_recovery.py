@@ -423,6 +423,14 @@ def test_what_has_run_for_a_second_is_shown_at_once_and_only_once(machines, key,
     assert one.told == [(sid, "successful")]
 
 
+def test_a_clock_that_was_put_back_does_not_hide_what_runs(machines, key, at):
+    one = machines.process()
+    with unclaimed(one, key, at) as sid:
+        machines.clock.now -= 3600
+        one.recovery.tell()
+        assert read_signs(one) == {one.store.process: (1, {sid})}
+
+
 def test_what_had_not_begun_when_it_was_listed_is_shown_later(machines, key, at):
     one, other = machines.process(), machines.process()
     with unclaimed(one, key, at) as sid:

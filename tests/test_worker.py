@@ -1496,6 +1496,22 @@ def test_bell_for_a_job_that_is_not_due_makes_it_wait(one, key):
     assert one.record(sid) == before  # nobody claimed it, and no attempt counts
 
 
+def meet_a_conflict_and_put_back(key, clock):
+    CALLS[key].append(current_job().attempt)
+    if len(CALLS[key]) == 1:
+        clock.now -= 3600
+        raise ConflictError("injected")
+
+
+def test_job_that_was_due_goes_on_after_a_conflict_whatever_the_clock_says(db, key):
+    clock = Clock()
+    with process("ram", db, clock=clock) as one:
+        sid = one.schedule(meet_a_conflict_and_put_back, key, clock, run_after=60)
+        clock.now += 60
+        one.worker.run(sid)
+        assert (CALLS[key], one.told) == ([1, 1], [(sid, "successful")])
+
+
 def test_own_job_that_is_not_due_waits(one, key):
     sid = one.schedule(note, key, run_after=3600)
     waits = []
