@@ -90,14 +90,14 @@ class JobFailed(AsyncError):
 
 
 class JobInterrupted(BaseException):
-    """Raised by ``job.check()``; not an ``Exception``, so that a job's ``except`` passes it on."""
+    """Raised by ``job.check()``.  Not an ``Exception``: ``except Exception`` lets it pass."""
 
 
 class JobDismissed(JobInterrupted):
     """The job was cancelled, or belongs to another worker by now: nothing it did will count.
 
-    A job may raise it, or cancel itself: then it ends ``dismissed``, without effects but those of
-    its checkpoints, which stay in any case.
+    What its checkpoints committed stays in any case.  A job that raises it, or cancels itself,
+    ends ``dismissed``.
     """
 
 
@@ -121,13 +121,15 @@ class IScheduler(Interface):
 
     ``request.scheduler`` is bound to ``request.tm``, the request's ZODB connection and its
     user.  ``registry.getUtility(IScheduler)`` is bound to nothing: it uses the thread's
-    transaction manager, or the one given by ``using(tm=...)``.  Every method may be called
-    from any thread that owns the transaction; none commits.  What reads a job's record
-    raises `BadRecord` for what is none; `remove` removes that too, and `jobs` leaves it out.
+    transaction manager, or the one given by ``using(tm=...)``.
+
+    Every method may be called from any thread that owns the transaction; none commits.  A
+    method that reads a job's record raises `BadRecord` where what is stored is no record.
+    `remove` removes that too, and `jobs` leaves it out.
     """
 
     def using(**options: Any) -> IScheduler:
-        """Return the same scheduler with other options for what it schedules.
+        """Return this scheduler with other options for the jobs it schedules.
 
         ``tm``             transaction manager to work in
         ``title``          text for people, shown in the status document
@@ -139,7 +141,7 @@ class IScheduler(Interface):
                            random delays (at most 2 s, 4 s, ... 300 s), ``max_attempts`` times in
                            all
         ``timeout``        seconds after which ``job.check()`` raises `JobTimeout`
-        ``max_attempts``   attempts after which a job that kills its runner ends ``failed``
+        ``max_attempts``   attempts after which a job that kills its process ends ``failed``
         ``queue``          name of the queue, for executors that have several
 
         Raises `NotSchedulable` for an unknown option or a value that does not fit.
@@ -162,9 +164,11 @@ class IScheduler(Interface):
     def get_result(sid: str) -> Any:
         """Return None for an unknown job, False for an unfinished one, else (value, exception).
 
-        Exactly one of the pair counts.  The job is removed when the caller's transaction
-        commits, also where a savepoint that was taken before the call is rolled back, and kept
-        when it aborts.  A dismissed job gives ``(None, JobDismissed())``.
+        The exception is None where the job was successful, else the value is.  A dismissed job
+        gives ``(None, JobDismissed())``.
+
+        The job is removed when the caller's transaction commits, and kept when it aborts.  To
+        roll back to a savepoint that was taken before the call does not keep it.
         """
 
     def remove(sid: str) -> None:
@@ -180,10 +184,12 @@ class IScheduler(Interface):
     def retry(sid: str) -> str:
         """Schedule a failed job's call once more, as a new job; return the new sid.
 
-        The new job has the owner, options and arguments of the failed one, begins with the
-        first of its attempts, and goes on from the last checkpoint.  The failed job stays
-        what it is.  Asked again for the same job it returns the same sid.  What has noted the
-        old sid does not learn of the new one, unless the function writes its own.
+        The new job has the owner, options and arguments of the failed one.  It begins with a
+        first attempt, which goes on from the last checkpoint.  The failed job stays what it is.
+        Asked again for the same job this returns the same sid.
+
+        Objects that have noted the old sid do not learn of the new one, unless the function
+        writes its own sid there.
 
         Raises JobNotFound, `SchedulerFull`, and `NotRetriable` for a job that has not failed, or
         whose key another unfinished job has.
@@ -195,15 +201,16 @@ class IScheduler(Interface):
     def outcome(sid: str) -> Any:
         """Return (`~pyramid_async.jobs.JobStatus`, value), or None for an unknown job.
 
-        For pages that show a result: it is left where it is.  The value is None unless the job
-        was successful.
+        For pages that show a result: nothing is removed.  The value is None unless the job was
+        successful.
         """
 
     def jobs(status: Any = None) -> Any:
-        """Return the statuses of the user's own jobs, newest first (*status*: a name or several).
+        """Return a `~pyramid_async.jobs.JobStatus` of each of the user's own jobs, newest first.
 
-        Without a user there are none; without a request they are everybody's.  Raises
-        ValueError for a status that does not exist.
+        *status* is a status or several, of those to return.  Without a user there are no jobs;
+        without a request they are everybody's.  Raises ValueError for a status that does not
+        exist.
         Cost: reads every unfinished record, the list of the finished ones, and of those the
         user's own.
         """
@@ -211,18 +218,17 @@ class IScheduler(Interface):
     def accepted(sid: str) -> Any:
         """Return the ``202 Accepted`` response for a job of this request.
 
-        Raises JobNotFound, and a 503 response where the job is another user's: it has the key.
-        Without a request there is nothing to answer: TypeError.
+        Raises JobNotFound.  Raises a 503 response where the job is another user's, which `schedule`
+        may return for a key.  Raises TypeError without a request: there is nothing to answer.
         """
 
 
 class IJobStore(Interface):
     """Where job records live.
 
-    A store is made once a process and called from many threads.  Its tables are seen by one
-    transaction: what is written there is committed or aborted with that transaction, and a
-    write to a record that another transaction wrote meanwhile raises a ConflictError at
-    commit.
+    A store is made once a process and called from many threads.  Each of its tables belongs to
+    one transaction: what is written there is committed or aborted with it.  Where another
+    transaction has written the same record meanwhile, the commit raises a ConflictError.
     """
 
     process = Attribute("Fresh random id of this process: the holder of what it schedules.")
@@ -237,8 +243,8 @@ class IJobStore(Interface):
     def table(tm: Any, connect: Any = None) -> Any:
         """Return the `IJobTable` of *tm*'s current transaction.
 
-        *connect* returns the ZODB connection to use.  Without it that which the manager's
-        transaction has open is used, or else one is opened and kept for the manager.
+        *connect* returns the ZODB connection to use.  Without *connect* it is the one that the
+        manager's transaction has open, or else one that is opened and kept for the manager.
         """
 
     def pack(value: Any, table: Any) -> Any:
@@ -262,8 +268,8 @@ class IJobStore(Interface):
     def archive(sids: list[str], goes_on: Any = ...) -> None:
         """Put finished records away, so that looking for lost jobs does not meet them.
 
-        Many may take minutes: ``goes_on()`` is called after each transaction, and says whether
-        to begin another one.
+        Many records may take minutes: ``goes_on()`` is called after each transaction, and says
+        whether to begin another one.
         """
 
     def expire(now: float, goes_on: Any = ...) -> None:
@@ -316,23 +322,24 @@ class IJobTable(Interface):
         """
 
     def unfinished(after: str | None = None) -> Any:
-        """Iterate over (sid, record) of those not known to be finished, and a few that are.
+        """Iterate over (sid, record) of the unfinished jobs, and of a few finished ones.
 
-        *after*: in an order that stays, those that come after this sid; ``""`` for all.
+        *after*: only those that come after this sid, in an order that stays; ``""`` for all in
+        that order.
         """
 
     def all_unfinished() -> Any:
-        """Iterate over all that `unfinished` tells; a server is asked for many at once."""
+        """Iterate over all of `unfinished`, loading many at once where there is a server."""
 
     def ended(statuses: Any, before: tuple[float, str] | None = None) -> Any:
         """Iterate over (time of the end, sid) of finished jobs, the last first; loads no record.
 
-        Those of final *statuses*, and before the pair given.  Not among them are the finished
-        ones that `unfinished` tells; among them may be removed ones.
+        *statuses* are final ones; *before* is a pair to begin after.  The finished jobs that
+        `unfinished` gives are missing here.  Removed ones may be among these.
         """
 
     def owned(owner: str, statuses: Any) -> Any:
-        """Iterate over the sids of a user's among those that `ended` tells, in no order."""
+        """Iterate over the sids of those jobs of `ended` that are a user's, in no order."""
 
     def findings() -> Any:
         """Iterate over (sid, sentence) of what does not fit in the lists of records.
@@ -350,7 +357,7 @@ class IJobTable(Interface):
         """Return the last sign of life of a process, or None: there is none that can be read."""
 
     def signs() -> Any:
-        """Iterate over (process, sign of life) of all that showed one; None: it cannot be read."""
+        """Iterate over (process, sign of life, or None where that cannot be read)."""
 
     def show_sign(process: str, sign: Any) -> None:
         """Store the first sign of life of a process."""
@@ -387,8 +394,8 @@ class IExecutor(Interface):
         """After-commit hook: pass the sid on.
 
         Called in the thread of the scheduling transaction.  Puts an id on a local queue and
-        does nothing else: it never writes, never blocks and never raises.  *committed* tells
-        no more than whether to hurry: after a lost reply it is False and the job exists.
+        does nothing else: it never writes, never blocks and never raises.  *committed* only
+        tells whether to hurry.  After a lost reply it is False although the job exists.
         """
 
     def put(sid: str, seen: int | None, queue: str | None = None) -> None:
@@ -403,13 +410,13 @@ class IExecutor(Interface):
     def stop(timeout: float | None = None) -> None:
         """Take no more jobs, tell the running ones, and wait *timeout* seconds at most.
 
-        Without it as long as ``async.shutdown_timeout`` says.
-        It takes up to a second more where jobs cannot be given back: the database is away.
+        Without *timeout* waits as long as ``async.shutdown_timeout`` says.  Takes up to a second
+        more where the database is away, so that jobs cannot be given back.
         """
 
 
 class IExecutorFactory(Interface):
-    """Makes the executor of an application; a utility, for other kinds than threads."""
+    """A utility that makes an application's executor, where that is not one of threads."""
 
     def __call__(worker: Any, settings: dict[str, Any]) -> Any:
         """Return an `IExecutor` for the worker's jobs.  Starts nothing."""
@@ -421,7 +428,7 @@ class IExecutorFactory(Interface):
 class IJobEvent(Interface):
     """Something happened to a job; sent through ``registry.notify``.
 
-    It keeps a thread from other work: let a subscriber be quick, and leave to a job what takes
+    A subscriber keeps a thread from other work: let it be quick, and leave to a job what takes
     long.
     """
 
@@ -433,19 +440,19 @@ class IJobEvent(Interface):
 class IJobAccepted(IJobEvent):
     """A job was scheduled: it exists if the present transaction commits.
 
-    Sent in the thread and transaction of whoever schedules, so what a subscriber writes there,
-    through the connection of `get_current_request`, is committed with the job, and what it
-    raises reaches the caller of ``schedule``.  Not sent for a ``key`` that an unfinished job has.
-    When an operator retries, that transaction is the library's own, as for `IJobCancelled`.
+    Sent in the thread and transaction of whoever schedules.  What a subscriber writes there,
+    through the connection of `get_current_request`, is committed with the job.  What it raises
+    reaches the caller of ``schedule``.  Not sent for a ``key`` that an unfinished job has.  When
+    an operator retries, the transaction is the library's own, as for `IJobCancelled`.
     """
 
 
 class IJobStarted(IJobEvent):
     """A worker is about to call the job's function; once a claim, not again after a conflict.
 
-    Sent in the worker's thread, inside the attempt's transaction: what is written there
-    shares its fate, and is gone after a conflict; nobody but the worker may end it.  What a
-    subscriber raises is logged.
+    Sent in the worker's thread, inside the attempt's transaction, which nobody but the worker may
+    end.  What is written there shares its fate, and is gone after a conflict.  What a subscriber
+    raises is logged.
     """
 
 
@@ -460,10 +467,13 @@ class IJobFinished(IJobEvent):
 class IJobCancelled(IJobEvent):
     """A job was dismissed: it can have no effect once the present transaction commits.
 
-    Sent in the thread and transaction of whoever cancels, as `IJobAccepted` is.  ``DELETE`` and
-    operators cancel in a transaction of the library's own, where no subscriber can write, and
-    which a conflict repeats: then it is sent again, or told of what did not happen.  A worker
-    sends it for a job that dismisses itself; what a subscriber raises is logged then.
+    Sent in the thread and transaction of whoever cancels.  What a subscriber raises reaches the
+    caller of ``cancel``.
+
+    ``DELETE`` and operators cancel in a transaction of the library's own, where no subscriber can
+    write.  A conflict repeats that transaction, and then the event is sent again.  It may also
+    have told of what did not happen.  For a job that dismisses itself a worker sends the event,
+    and what a subscriber raises is logged.
     """
 
 
