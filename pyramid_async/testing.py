@@ -1,7 +1,7 @@
 """Tests of jobs: run them at commit or by hand, see what was scheduled, let a step go wrong.
 
-`inline` and `manual` replace the executor until they are left; `faults` injects what otherwise
-takes a crash.  All take a registry, or a scheduler where there is no Pyramid.
+`inline` and `manual` replace the executor until their block is left.  `faults` injects what
+otherwise takes a crash.  All take a registry, or a scheduler where there is no Pyramid.
 """
 
 from __future__ import annotations
@@ -162,10 +162,10 @@ class ManualExecutor:
     # -- for tests
 
     def drain(self) -> list[JobStatus]:
-        """Run every job that is due, and those scheduled meanwhile; return how they stand then.
+        """Run every job that is due, and those scheduled meanwhile; return their statuses.
 
-        In the order in which they ran.  A job that waits for its time, or for its next try,
-        is run after `advance`.
+        They come in the order in which the jobs ran.  A job that waits for its time, or for its
+        next try, is run after `advance`.
         """
         ran = {sid: self._status(sid) for sid in self._run_due()}
         self._end_test()
@@ -334,7 +334,7 @@ def conflict() -> NoReturn:
 
 
 def lose_reply() -> NoReturn:
-    """Raise what a client raises that lost its server: for ``after`` a commit."""
+    """Raise what a client raises that has lost its server; for ``after`` a commit."""
     raise TransientError("a fault of the test: the reply to the commit was lost")
 
 
@@ -346,7 +346,7 @@ def kill() -> None:
 class Pause:
     """A fault that stands still until it is opened.
 
-    The block of its ``with`` is that time::
+    To enter its ``with`` block waits until a job stands there; to leave it opens the fault::
 
         stop = Pause()
         plan.at("commit", before=stop)
@@ -445,8 +445,8 @@ class Plan:
         """Call faults before a step, after it, or between the two phases of its commit.
 
         A fault is called without arguments, in the thread of the step, *times* times.  What it
-        raises is raised there.  *after* a step that commits is: all is durable, and the caller
-        of the commit has not been told.  One fault stands at each place; a later one replaces it.
+        raises is raised there.  *after* a step that commits, all is durable and the caller of
+        the commit has not been told.  Each place has one fault; a later one replaces it.
         """
         given = {"before": before, "during": during, "after": after}
         for moment, fault in given.items():
