@@ -57,8 +57,8 @@ class Job:
     def progress(self, done: float, total: float | None = None, message: Any = None) -> None:
         """Tell how far the job is: *done* of *total* units, and a *message*.
 
-        Without *total* the message alone; its first 500 characters are kept.  Raises what `check`
-        raises.  Costs about a microsecond; nothing is written.
+        Without *total* only the message counts.  Of a message the first 500 characters are kept.
+        Raises what `check` raises.  Costs about a microsecond; nothing is written.
         """
         self.check()
         percent = self.percent
@@ -77,7 +77,7 @@ class Job:
     def track(
         self, iterable: Iterable[T], total: float | None = None, message: Any = None
     ) -> Iterator[T]:
-        """Yield the items and tell the progress after each (*total*: ``len`` where it has one)."""
+        """Yield the items and tell the progress after each; *total* defaults to ``len``."""
         if total is None:
             total = len(iterable) if hasattr(iterable, "__len__") else None  # type: ignore[arg-type]
         self.progress(0, total, message)
@@ -90,8 +90,9 @@ class Job:
 
         A later attempt, after a conflict or a crash, finds the cursor in ``job.cursor`` and
         goes on from there.  What is committed here stays, also when the job fails or is
-        dismissed.  Costs a commit; begins a new transaction, which sees what others did.
-        Raises what `check` raises, and ConflictError, which the function must let pass.
+        dismissed.  Costs a commit, and begins a new transaction, which sees what others did.
+
+        Raises what `check` raises.  Raises ConflictError, which the function must let pass.
         """
         self.check()
         self.commit_checkpoint(cursor)
@@ -109,7 +110,7 @@ class Job:
             self.check()
 
     def live(self) -> Live:
-        """Return what is to be seen from outside.  Called from any thread."""
+        """Return what others may see of the attempt.  Called from any thread."""
         return Live(
             self.started,
             self.changed,
@@ -155,7 +156,7 @@ _current: ContextVar[Job | NoJob] = ContextVar("pyramid_async.current_job", defa
 
 
 def current_job() -> Job | NoJob:
-    """Return the job that this thread (or asyncio task) runs, or a stand-in."""
+    """Return the job that this thread (or asyncio task) runs; outside of a job a stand-in."""
     return _current.get()
 
 
