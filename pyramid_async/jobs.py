@@ -34,7 +34,7 @@ FRESH = 0
 
 
 class Failure(NamedTuple):
-    """Why a job failed: the first three for operators, the last two for the user."""
+    """Why a job failed: the first three are for operators, the last two for the user."""
 
     class_name: str
     message: str
@@ -47,7 +47,7 @@ class Failure(NamedTuple):
 class FileResult:
     """A result that is a file: a ZODB blob or bytes, served as an attachment.
 
-    A job that returns one of anything else fails with TypeError.
+    A job that returns one whose content is anything else fails with TypeError.
     """
 
     content: Any
@@ -220,16 +220,16 @@ class JobRecord(Persistent):
         self.updated = now
 
     def belongs_to(self, holder: str | None, signature: str) -> bool:
-        """Say whether an attempt may run the job: it claimed it, or nobody did.
+        """Say whether an attempt may run the job: it has claimed the job, or nobody has.
 
-        Unclaimed it is run from the queue of its *holder*, a process; None: a broker's.
+        An unclaimed job is run from the queue of its *holder*: a process, or None for a broker.
         """
         if self.status == RUNNING:
             return self.signature == signature
         return self.status == ACCEPTED and self.signature is None and self.holder == holder
 
     def claim(self, process: str, signature: str, now: float) -> None:
-        """Give the job to one attempt; whatever another one does to it from now on conflicts."""
+        """Give the job to one attempt; from now on whatever another one does conflicts."""
         if self.holder is not None and (self.holder, self.signature) != (process, None):
             self.contested = True
         if self.status == RUNNING:
@@ -259,9 +259,9 @@ class JobRecord(Persistent):
         self._open(now)
 
     def reach(self, percent: int | None, started: float | None = None) -> None:
-        """Remember how far an attempt came, for the progress of a job never falls; and its start.
+        """Remember how far an attempt came, since a job's progress never falls.
 
-        *started*: where the attempt needed no claim, which would have noted it.
+        *started*: when the attempt began; given where no claim has noted it.
         """
         if percent is not None and percent > self.reached:
             self.reached = percent
@@ -313,7 +313,7 @@ class JobRecord(Persistent):
         return self.contested or self.status == DISMISSED
 
     def clear(self) -> None:
-        """Write the record, hidden and with nothing large in it: it is removed or expired."""
+        """Hide a removed or expired record and take out what is large; the record is written."""
         self.removed = True
         self._drop(*LARGE)
 
