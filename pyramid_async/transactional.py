@@ -11,8 +11,8 @@ commits it when the function returns or aborts it when the function raises.  Wha
 next time, a ConflictError above all, is tried again after a random delay.  A transactional
 function that is called by another one joins the caller's transaction: it is simply called.
 
-Only transactions begun by a `TransactionManager`, or marked with `mark`, are joined.  Of any
-other transaction nothing tells that somebody will end it, so control is taken over.
+Only transactions begun by a `TransactionManager`, or marked with `mark`, are joined.  Nothing tells
+whether somebody will end any other transaction, so that is aborted and a new one begun.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def mark(txn: Any) -> Any:
     """Make the transactional calls of this thread join a transaction, until it ends; return it.
 
     For whoever begins and ends a transaction without a `TransactionManager`.  The transaction
-    may belong to any manager; calls of a `TransactionManager` with a manager of its own join
-    it only where it is that manager's.
+    may belong to any manager.  A `TransactionManager` with a manager of its own joins it only
+    where it belongs to that one.
     """
     _set_mark(txn)
     if pending(transaction.manager) is not txn:  # which is looked at without being listed
@@ -75,7 +75,7 @@ def _set_mark(txn: Any) -> None:
 
 
 def is_managed(txn: Any) -> bool:
-    """Return True while somebody who can be relied on is going to end the transaction."""
+    """Say whether the transaction is marked: somebody is going to end it."""
     try:
         return bool(txn.data(_MANAGED))
     except KeyError:
@@ -104,8 +104,8 @@ class _OnClassOrInstance:
 class TransactionManager:
     """Decorator for functions and methods that run in a transaction.
 
-    Set the attributes by keyword or in a subclass.  An instance keeps nothing of a call, so
-    that any number of threads can share it.
+    Set the attributes by keyword or in a subclass.  An instance keeps nothing of a call, so any
+    number of threads can share it.
     """
 
     retry_number = 3  # retries after the first attempt
@@ -146,9 +146,9 @@ class TransactionManager:
     def begin(self: Any) -> Any:
         """Begin a transaction that transactional calls join, and return it.
 
-        A pending one is aborted.  Call it on an instance, or on the class for the thread's
-        own manager.  A transactional function that committed or aborted by itself calls it
-        so that the transactional functions it calls afterwards join again.
+        A pending transaction is aborted.  Call this on an instance, or on the class for the
+        thread's own manager.  A transactional function that committed or aborted by itself
+        calls it, so that the transactional functions that it calls afterwards join again.
         """
         manager = _manager(self)
         if pending(manager) is not None:
@@ -160,8 +160,8 @@ class TransactionManager:
     def __call__(self, f: Callable[P, T]) -> Callable[P, T]:
         """Return the function that runs *f* in a transaction.
 
-        Raises TypeError for coroutine functions and generators: their call returns before
-        their body runs, and the transaction would end before it begins to be used.
+        Raises TypeError for coroutine functions and generators: their call returns before their
+        body runs, so the transaction would have ended by then.
         """
         if any(test(f) for test in _LAZY):
             raise TypeError(f"{f!r} cannot be transactional: its call returns before its body runs")
@@ -217,8 +217,8 @@ class TransactionManager:
     def _may_succeed_later(self, error: BaseException) -> bool:
         """Return True for transient errors; must be asked before the abort.
 
-        The data managers are asked too, since SQL databases have transient errors that are
-        no TransientError.
+        The data managers are asked too: SQL databases have errors that are transient and no
+        TransientError.
         """
         if not isinstance(error, Exception):
             return False
@@ -268,8 +268,8 @@ def pending(tm: Any) -> Any:
 def flush(txn: Any) -> None:
     """Let SQLAlchemy's sessions send what they hold, before the commit.
 
-    zope.sqlalchemy does it in the commit, where the storage is locked already: it would wait for
-    ever for a row of another transaction that waits for the storage.
+    zope.sqlalchemy does so in the commit, when the storage is already locked.  It would wait for
+    ever for a row of another transaction, if that waits for the storage.
     """
     try:
         for resource in txn._resources:  # which may grow: a flush may write through another one
@@ -283,7 +283,7 @@ def flush(txn: Any) -> None:
 def fail_for_good(txn: Any) -> None:
     """Raise the exception that is being handled, as if it had come from the commit itself.
 
-    Else who swallows it, and commits once more, would commit what is left of the transaction.
+    Otherwise a caller that swallows it, and commits once more, would commit what is left.
     """
     txn._saveAndRaiseCommitishError()
 
@@ -313,8 +313,8 @@ class OwnManager(transaction.TransactionManager):
 def transact(store: Any, work: Callable[[Any], Any]) -> Any:
     """Call ``work(table)`` in a transaction and on a connection of its own; return its value.
 
-    Commits.  Conflicts are tried again, so *work* must find its own earlier work done, should the
-    reply to a commit be lost.
+    Commits.  Conflicts and other transient errors are tried again.  One may be the lost reply to a
+    commit, so *work* must recognise its own earlier work.
     """
     pauses, begun = backoff(ATTEMPTS - 1, 0.01), monotonic()
     while True:
