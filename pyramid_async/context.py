@@ -5,10 +5,9 @@ So what crosses to another thread or process is a `Reference`.  `refer` makes on
 `Reference.resolve` loads the object again; `map_references` and `resolve_references` do so
 within containers, `dumps` and `loads` within whatever can be pickled.
 
-A reference can be followed once the transaction that made it has committed.  A new object
-gets its oid by a savepoint; one that no object of the database refers to is added to the
-connection where one is given.  A `PersistentContext` holds references for programs that pass
-them on by themselves.
+A reference can be followed once the transaction that made it has committed.  A new object gets
+its oid by a savepoint.  If no object of the database refers to it, it is added to the connection,
+where one is given.  Programs that pass references on by themselves use a `PersistentContext`.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class NotStorable(NotSchedulable):
 
 
 class ObjectGone(AsyncError, LookupError):
-    """The database holds the object no more (class name, oid, database name)."""
+    """The object is no longer in the database (class name, oid, database name)."""
 
     def __str__(self) -> str:
         kind, oid, database = self.args
@@ -151,9 +150,9 @@ def refer(obj: Any, tm: Any = None, connection: Any = None) -> Reference:
     """Return the object's reference.
 
     A new object gets its oid by a savepoint of *tm* (default: the connection's transaction
-    manager, else the thread's own); where that does not reach it, it is added to *connection*.
-    Raises `NotStorable` for an object that is still outside of the database, or in one that
-    *connection* does not reach.
+    manager, else the thread's own).  If the savepoint does not reach it, it is added to
+    *connection*.  Raises `NotStorable` for an object that is still outside of the database, or
+    in a database that *connection* does not reach.
     """
     _give_oids([obj], tm, connection)
     return _reference(obj, None if connection is None else connection.db())
@@ -209,10 +208,10 @@ def map_references(
 ) -> Any:
     """Return *value* with *f* applied to the instances of *types* in it.
 
-    Looks into lists, tuples, dicts (keys too), sets and frozensets, their subclasses
-    included, at any depth.  A container below which nothing changed is not copied unless
-    *copies* asks for it, and any other object is left as it is.  Raises `NotStorable` for a
-    container that contains itself.
+    Looks into lists, tuples, dicts (keys too), sets, frozensets and their subclasses, at any
+    depth.  Any other object is left as it is.  A container in which nothing changed is not
+    copied, unless *copies* asks for it.  Raises `NotStorable` for a container that contains
+    itself or is nested too deeply.
     """
     try:
         return _Walk(f, types, copies)(value)
@@ -319,12 +318,12 @@ def dumps(value: Any, connection: Any, tm: Any = None) -> tuple[bytes, list[Any]
     """Return the pickle of *value* for `loads`, and the connection's persistent objects in it.
 
     Persistent objects at any depth become references; new ones are treated as in `refer`.
-    Whoever keeps the pickle in the same database should keep the objects too, so that a pack
-    does not remove those that nothing else refers to.  Objects of other databases, and those
-    of a `PersistentContext`, must be reachable by themselves.
+    Whoever keeps the pickle in the same database should keep the objects too: else a pack removes
+    those that nothing else refers to.  Objects of other databases, and those of a
+    `PersistentContext`, must be reachable without that.
 
-    The pickle is loaded once.  Raises `NotStorable`, which names the class at fault, for
-    what cannot be pickled or loaded.
+    The pickle is loaded once as a trial.  What cannot be pickled or loaded raises `NotStorable`,
+    which names the class at fault.
     """
     body, objects = _pickled(value, connection)
     _give_oids(objects, tm, connection)
@@ -449,15 +448,16 @@ _ROOTS = object()
 class PersistentContext:
     """Persistent objects to be passed to another thread, process or transaction.
 
-    Made with objects by position and by name; ``c[0]`` and ``c['name']`` load them by the
-    connection of whoever reads, ``len(c)`` counts those by position, ``keys()`` names the
-    others.  A new object must be reachable from the graph of persistent objects: it gets its
-    oid by a savepoint, of the transaction of the first object that has a connection, or else
-    of the thread's own manager.  Raises ValueError for an object outside of the graph and
+    Made with objects by position and by name.  ``c[0]`` and ``c['name']`` load them by the
+    connection of whoever reads; ``len(c)`` counts those by position; ``keys()`` names the others.
+
+    A new object must be reachable from the graph of persistent objects.  It gets its oid by a
+    savepoint: of the transaction of the first object that has a connection, or else of the
+    thread's own manager.  Raises ValueError for an object outside of the graph and
     AttributeError for one that is not persistent.
 
     Objects are loaded by one root connection, and by those it opens to the other databases of
-    its multi-database.  Which one that is:
+    its multi-database.  The root connection is found like this:
 
     * the arguments and the result of a job are bound to the job's or the reader's own
       connection for good (`resolve`); nothing needs to be done;
