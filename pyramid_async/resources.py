@@ -84,8 +84,15 @@ class Outside:
     def __init__(self, request: Any) -> None:
         pass
 
-    def __getitem__(self, name: str) -> Outside:
-        return self  # to wherever a virtual root leads
+
+def staying(root: Outside) -> Any:
+    """Make the traverser of these routes: a virtual root is one of the application's resources.
+
+    If the context had it, and so any item, a policy would find in it whatever user it looks for.
+    """
+    here = dict.fromkeys(("root", "context", "virtual_root"), root)
+    path = dict.fromkeys(("subpath", "traversed", "virtual_root_path"), ())
+    return lambda request: {**here, **path, "view_name": ""}
 
 
 class NotAllowed:

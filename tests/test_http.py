@@ -790,7 +790,20 @@ def test_virtual_root_of_the_application_does_not_count(web):
     web.get(url, headers=below, status=200)
     web.post(url, headers=below, status=405)
     web.get("/async/client.js", headers=below, status=200)
+    web.get(url, headers={"X-Vhm-Root": "/\xff"}, status=200)
     web.delete(url, headers=below, status=200)
+
+
+def test_policy_finds_no_user_in_the_context(web, monkeypatch):
+    """In the application's own root there would be none of this name."""
+    url, _ = web.finished(echo)
+
+    def known(self, request):
+        root = getattr(request, "root", None)  # not yet, when pyramid_tm asks
+        return root and root["users"]["mallory"]
+
+    monkeypatch.setattr(Policy, "authenticated_userid", known)
+    web.get(url, status=500)
 
 
 def test_root_of_the_application_is_made_for_strangers_alone(web):
