@@ -539,7 +539,7 @@ export class AsyncJobElement extends Base {
   }
 
   set headers(headers) {
-    this.#headers = headers;
+    this.#headers = headers ?? undefined; // frameworks give null, of which no Headers are made
   }
 
   #options() {

@@ -941,6 +941,20 @@ test("an element has headers before they are given, as frameworks that set prope
   await until(async () => (await shown.text("status")) === "Finished");
 });
 
+test("an element may be given null for headers, as frameworks give it for none", LIMIT, async () => {
+  const shown = await visit();
+  await shown.page.route("**/async/pretended*", (route) =>
+    told(route, { status: "successful", done: true }),
+  );
+  await shown.page.evaluate(() => {
+    const job = document.createElement("async-job");
+    job.headers = null;
+    job.src = "/async/pretended";
+    document.querySelector("main").append(job);
+  });
+  await until(async () => (await shown.text("status")) === "Finished");
+});
+
 test("an element that was given another job when it was refused can be moved with it", LIMIT, async () => {
   const shown = await visit();
   await shown.page.route("**/async/refused*", (route) => route.fulfill({ status: 404 }));
