@@ -153,8 +153,10 @@ class Recovery:
         """Wait.  If we were stopped meanwhile, others may have been: that time does not count."""
         end = self.monotonic() + pause
         self._wake.wait(pause)
-        late = max(0.0, self.monotonic() - end)
-        self._observed = {p: (beat, since + late) for p, (beat, since) in self._observed.items()}
+        late = self.monotonic() - end
+        if late > self.heartbeat:  # what jobs that keep the interpreter cost delays no rescue
+            observed = self._observed.items()
+            self._observed = {p: (beat, since + late) for p, (beat, since) in observed}
 
     def _take(self, *names: str) -> None:
         """Take those steps whose time has come."""

@@ -670,6 +670,21 @@ def test_the_time_that_the_observer_stood_still_does_not_count(machines, key, at
         other.wait(sid)
 
 
+def test_the_time_that_its_own_jobs_take_from_the_observer_does_count(machines, key, at, wait_for):
+    """Those that keep the interpreter for seconds, say."""
+    one, other = machines.process(), machines.process()
+    wake = SimpleNamespace(wait=lambda pause: machines.pass_time(pause + 9))
+    with frozen(one, key, at) as sid:
+        other.recovery.look()
+        other.recovery._wake = wake
+        for _ in range(7):
+            other.recovery._rest(1.0)
+        other.recovery.look()
+        wait_for(lambda: len(CALLS[key]) == 2)
+        GATES[at].opened.set()
+        other.wait(sid)
+
+
 def test_processes_of_a_pool_know_together_who_is_silent(machines, key, at, wait_for):
     """One that is renewed every few jobs lives no lease itself."""
     one, hints = machines.process(), Hints()
