@@ -1464,6 +1464,7 @@ def test_timers_of_dismissed_jobs_leave_room_for_others(kind, db, key):
         one.recovery.look()
         one.worker.run(other)
         assert sorted(one.recovery.timed()) == sorted([kept, other])
+        assert sorted(sid for _, sid in one.recovery._timers) == sorted([kept, other])
 
 
 @pytest.mark.parametrize("kind", ["ram", "zodb"])
