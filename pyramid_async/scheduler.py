@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from hashlib import blake2b
-from typing import Any, Literal, NamedTuple, TypeGuard
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeGuard
 from weakref import WeakKeyDictionary, WeakSet
 
 import transaction
@@ -45,6 +45,8 @@ from .worker import Worker
 from .zodb import JobRoot, ZodbStore
 
 log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
 
 
 def moment(when: datetime | float | None, now: float) -> float | None:
@@ -132,7 +134,7 @@ class Scheduler:
 
     # -- schedule
 
-    def schedule(self, f: Any, /, *args: Any, **kw: Any) -> str:
+    def schedule(self, f: Callable[P, Any], /, *args: P.args, **kw: P.kwargs) -> str:
         """See IScheduler."""
         function = self.store.reference(f)
         table = self._table()
@@ -437,7 +439,7 @@ class PersistentTransactionalScheduler(Persistent):
             self.timeout = timeout
         self.records = JobRoot()
 
-    def schedule(self, f: Any, /, *args: Any, **kw: Any) -> str:
+    def schedule(self, f: Callable[P, Any], /, *args: P.args, **kw: P.kwargs) -> str:
         """See IScheduler."""
         return self._scheduler().schedule(f, *args, **kw)
 

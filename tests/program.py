@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
+from persistent import Persistent
 from pyramid.config import Configurator
 from pyramid.request import Request
 from pyramid.response import Response
@@ -16,7 +18,11 @@ from pyramid_async import (
     current_job,
     get_application,
 )
-from pyramid_async.scheduler import Scheduler, TransactionalScheduler
+from pyramid_async.scheduler import (
+    PersistentTransactionalScheduler,
+    Scheduler,
+    TransactionalScheduler,
+)
 from pyramid_async.testing import inline, manual
 from pyramid_async.transactional import transactional
 
@@ -30,6 +36,18 @@ def pay(amount: int) -> int:
     if job.attempt > 1:
         raise OperationFailed(f"{job.sid} failed before")
     return amount + (job.cursor or 0)
+
+
+class Account(Persistent):
+    balance = Decimal(0)
+
+    def book(self, amount: Decimal, *, text: str = "") -> None:
+        self.balance += amount
+        current_job().progress(self.balance, Decimal("99.5"), text)
+
+
+async def book_later(account: Account, amount: Decimal) -> None:
+    account.book(amount, text="later")
 
 
 def receipt() -> FileResult:
@@ -47,12 +65,23 @@ def start(request: Request) -> Response:
 
 def script(registry: Any) -> list[str]:
     scheduler: Scheduler = registry.getUtility(IScheduler)
+    scheduler.schedule(pay, "5")  # type: ignore[arg-type]
+    scheduler.schedule(pay, tip=1)  # type: ignore[call-arg]
     collected = scheduler.get_result(scheduler.schedule(receipt))
     if collected:
         value, error = collected
         print(value, error)
     get_application(registry, "bank").close()
     return [job.status for job in scheduler.jobs(status="failed")]
+
+
+def book(scheduler: PersistentTransactionalScheduler, account: Account) -> None:
+    scheduler.schedule(account.book, Decimal(1), text="now")
+    scheduler.schedule(book_later, account, Decimal(2))
+    scheduler.schedule(count, numbers=[1, 2])
+    # What would fail in a worker is found where it is scheduled.
+    scheduler.schedule(book_later, account)  # type: ignore[call-arg]
+    scheduler.schedule(book_later, account, "2")  # type: ignore[arg-type]
 
 
 @transactional
