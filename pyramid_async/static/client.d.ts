@@ -159,7 +159,7 @@ declare global {
   interface HTMLElementTagNameMap {
     "async-job": AsyncJobElement;
   }
-  interface HTMLElementEventMap {
+  interface GlobalEventHandlersEventMap {
     jobchange: CustomEvent<Job>;
     jobdone: CustomEvent<Job>;
     joberror: CustomEvent<Error>;

@@ -26,6 +26,8 @@ export function explain(error: unknown): string {
 const element = document.createElement("async-job");
 element.src = "/async/x";
 element.addEventListener("jobdone", ({ detail }) => console.log(detail.status, element.job?.done));
+document.addEventListener("jobchange", ({ detail }) => console.log(detail.progress?.toFixed()));
+addEventListener("joberror", ({ detail }) => console.log(explain(detail)));
 
 // @ts-expect-error: the status words are known
 export const wrong = (job: Job) => job.status === "finished";
