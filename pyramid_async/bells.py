@@ -256,21 +256,17 @@ class Bells:
         )
 
     def _publish(self, ring: Ring) -> None:
-        """Send a message of Celery's protocol 2, with what that demands.
+        """Send a message of Celery's protocol 2, with what our workers heed of it.
 
         ``send_task`` adds a dozen headers, and takes four times as long.
         """
         producer = self._connected()
         if ring.queue not in self._declared:
             self._declare(ring.queue)
-        number = uuid4().hex
-        ids = {"id": number, "root_id": number, "parent_id": None, "group": None}
-        headers = {"lang": "py", "task": ring.bell, **ids}
         producer.publish(
             ((ring.sid,), {}, {}),
             routing_key=ring.queue,
-            headers=headers,
-            correlation_id=number,
+            headers={"lang": "py", "task": ring.bell, "id": uuid4().hex},
             serializer="json",  # whatever the process has made kombu's default
         )
 
@@ -331,7 +327,7 @@ class Bells:
         """Return a producer of messages with a connection."""
         if self._connection is None:
             connection = connect(self.url)
-            self._producer = Producer(connection.default_channel, auto_declare=False)
+            self._producer = Producer(connection.default_channel)
             self._connection = connection
         return self._producer
 

@@ -175,7 +175,7 @@ class CeleryExecutor:
             if not self.bells.rung(sid):
                 self._ring(sid, queue, AGAIN, self.recovery.unbegun, self.recovery.viewed)
         elif seen == FRESH:
-            self._ring(sid, queue or self._queue_of(sid), AGAIN)
+            self._ring(sid, self._queue_of(sid), AGAIN)
         elif self.worker.free(sid, seen):
             self._ring(sid, queue, AGAIN)
 
