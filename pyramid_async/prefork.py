@@ -45,7 +45,7 @@ class Signals:
         self._default: Any = None  # the pool's handler of those that it heeds
         self._handled: list[str] = []  # their names
         self._ends: int | None = None  # which of them came
-        self._repeated: tuple[str, JobInterrupted] | None = None
+        self._repeated: str | None = None  # the job that the next soft limit is for
         self._pid: int | None = None
 
     def is_child(self) -> bool:
@@ -55,7 +55,7 @@ class Signals:
     @contextmanager
     def during(self, worker: Any, sid: str) -> Iterator[None]:
         """Turn signals into interrupts of this job."""
-        if not self.is_child() or threading.current_thread() is not threading.main_thread():
+        if not self.is_child():
             yield
             return
         self._install()
@@ -93,7 +93,7 @@ class Signals:
 
     def _soft_limit(self, signum: int, frame: Any) -> None:
         repeated, self._repeated = self._repeated, None
-        if self._sid is None or (repeated is not None and repeated[0] != self._sid):
+        if self._sid is None or repeated not in (None, self._sid):
             return  # it came too late: that job has ended
         reason = JobTimeout(
             f"job {self._sid!r} ran longer than Celery's soft time limit of {self.soft} s"
@@ -106,14 +106,14 @@ class Signals:
         self._worker.interrupt(self._sid, reason)
         if in_function(frame):
             self._worker.running[self._sid].check()  # the first reason stays
-        timer = threading.Timer(STRIKE_AGAIN, self._strike_again, (self._sid, reason, signum))
+        timer = threading.Timer(STRIKE_AGAIN, self._strike_again, (self._sid, signum))
         timer.name, timer.daemon = "pyramid_async-strike", True
         timer.start()
 
-    def _strike_again(self, sid: str, reason: JobInterrupted, signum: int) -> None:
+    def _strike_again(self, sid: str, signum: int) -> None:
         if self._sid == sid:
             if signum == signal.SIGUSR1:
-                self._repeated = sid, reason
+                self._repeated = sid
             os.kill(os.getpid(), signum)
 
     # -- the hard limit

@@ -365,8 +365,7 @@ class Recovery:
         self._forget(self._notes.stray)
         self._archive(ended)
         self.store.expire(self.store.clock(), self._goes_on)
-        if self.store.durable:
-            self._bury()
+        self._bury()
         if self.hints is not None:
             self._give_hints()
 
