@@ -1196,6 +1196,14 @@ def child(monkeypatch):
         signal.signal(number, handler)
 
 
+@pytest.mark.parametrize(("hard", "after"), [(2, 1.5), (40, 39)])
+def test_the_hard_time_limit_is_seen_to_a_little_before(hard, after, child):
+    child.hard = hard
+    timer = child._limit(None, "a" * 32)
+    timer.cancel()
+    assert (timer.interval, timer.daemon) == (after, True)
+
+
 def get_signal(number):
     os.kill(os.getpid(), number)
     while True:
@@ -1272,7 +1280,7 @@ def test_a_soft_limit_that_is_sent_once_more_and_meets_another_job_is_passed_ove
         child._sid = "a" * 32  # ends while the signal is under way
         with monkeypatch.context() as patch:
             patch.setattr(os, "kill", lambda pid, number: None)
-            child._strike_again(child._sid, JobTimeout("it ran too long"), signal.SIGUSR1)
+            child._strike_again(child._sid, signal.SIGUSR1)
         number = int(signal.SIGUSR1)
         assert answered(web, get_one_signal, number).status == "successful"
         # Its own is none of these.

@@ -423,6 +423,17 @@ def test_what_has_run_for_a_second_is_shown_at_once_and_only_once(machines, key,
     assert one.told == [(sid, "successful")]
 
 
+def test_what_has_run_for_a_second_is_shown_beside_what_was_shown_before(machines, key, at):
+    one = machines.process()
+    with unclaimed(one, key, at), gate() as second:
+        machines.pass_time(1)
+        one.recovery.tell()
+        with unclaimed(one, key, second) as sid:
+            machines.pass_time(1)
+            one.recovery.tell()
+            assert sid in read_signs(one)[one.store.process][1]
+
+
 def test_a_clock_that_was_put_back_does_not_hide_what_runs(machines, key, at):
     one = machines.process()
     with unclaimed(one, key, at) as sid:
@@ -1021,6 +1032,30 @@ def test_process_that_cannot_write_its_sign_for_a_lease_takes_no_more_jobs(
     one.wait(sid)
 
 
+@pytest.mark.parametrize("idle", [False, True])
+def test_process_waits_a_lease_from_its_last_sign_or_since_it_has_jobs(
+    idle, machines, key, at, monkeypatch
+):
+    one = machines.process()
+    one.recovery.beat()
+    with frozen(one, key, at):
+        machines.pass_time(2 * LEASE)
+        one.recovery.beat()
+        if idle:
+            GATES[at].opened.set()
+            while one.executor.held:
+                one.executor.threads[0].join(0.005)
+            one.recovery.beat()
+            machines.pass_time(2 * LEASE)
+            one.executor.held.add("a" * 32)
+        with monkeypatch.context() as patch:
+            patch.setattr(one.store, "table", lambda *args: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                one.recovery.beat()
+        assert not one.executor.suspended
+        one.executor.held.discard("a" * 32)
+
+
 def test_signs_of_the_dead_are_buried_when_no_job_names_them(machines, key, at, wait_for):
     one, other = machines.process(), machines.process()
     with frozen(one, key, at) as sid:
@@ -1087,8 +1122,10 @@ def test_job_that_has_not_begun_is_not_taken_for_one_that_was_removed(db):
 
 
 def test_process_without_jobs_asks_for_none(machines, monkeypatch):
+    one = machines.process()
     monkeypatch.setattr(recovery, "transact", pytest.fail)
-    machines.process().recovery.tell()
+    one.recovery.tell()
+    one.recovery.beat()
 
 
 def test_removal_by_another_process_reaches_the_running_job(machines, key, at):
