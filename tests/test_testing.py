@@ -457,6 +457,15 @@ def test_job_that_waits_for_its_time_is_run_once_the_clock_is_put_forward(app, r
         assert statuses(jobs.drain()) == ["successful"]
 
 
+def test_jobs_whose_time_has_come_run_in_the_order_of_their_times(app, registry):
+    with manual(registry) as jobs:
+        for seconds in (30, 10, 20):
+            post(app, "deposit", seconds, options={"run_after": seconds})
+        jobs.advance(60)
+        delays = {job.sid: round(job.delay) for job in jobs.scheduled}
+        assert [delays[status.sid] for status in jobs.drain()] == [10, 20, 30]
+
+
 def test_job_that_is_to_be_tried_again_is_run_once_the_clock_is_put_forward(
     app, registry, scheduler
 ):
@@ -501,6 +510,17 @@ def test_lost_wake_up_is_found_by_recovery_alone(app, registry):
         jobs.recover()
         assert statuses(jobs.drain()) == ["successful"]
     assert data(app) == 5
+
+
+def test_doubled_wake_up_arrives_twice(app, registry, monkeypatch):
+    woken = []
+    with manual(registry) as jobs:
+        monkeypatch.setattr(jobs, "wake", lambda *wake: woken.append(wake))
+        with faults(registry) as plan:
+            plan.double_wakeups()
+            post(app, "deposit", 5)
+    assert len(woken) == 2
+    assert woken[0] == woken[1]
 
 
 def test_doubled_wake_up_runs_a_job_once(app, registry):
