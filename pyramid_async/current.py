@@ -79,7 +79,7 @@ class Job:
     def track(
         self, iterable: Iterable[T], total: float | None = None, message: Any = None
     ) -> Iterator[T]:
-        """Yield the items and tell the progress after each; *total* defaults to ``len``."""
+        """Yield the items and tell the progress after each; *total*: ``len``, if any."""
         if total is None:
             total = len(iterable) if hasattr(iterable, "__len__") else None  # type: ignore[arg-type]
         self.progress(0, total, message)
