@@ -477,9 +477,10 @@ class PersistentTransactionalScheduler(Persistent):
         db, oid = key = self._key()
         scheduler = _in_use.get(key)
         if not _serves(scheduler):
-            if db in _closing or not db.databases:
-                raise ValueError(f"the database of {self!r} is closed")
-            with _in_use_locks.setdefault(os.getpid(), threading.Lock()):
+            with _in_use_lock():
+                stop_before_close(db)
+                if db in _closing or not db.databases:
+                    raise ValueError(f"the database of {self!r} is closed")
                 scheduler = _in_use.get(key)
                 if not _serves(scheduler):
                     scheduler = _in_use[key] = self._start(db, oid)
@@ -487,9 +488,7 @@ class PersistentTransactionalScheduler(Persistent):
         return scheduler.bind(connection.transaction_manager, Caller(connect=lambda: connection))
 
     def _start(self, db: Any, oid: bytes) -> Scheduler:
-        known = _used.setdefault(db, set())
-        if not known:
-            stop_before_close(db)
+        known = _used[db]
         if oid not in known:
             # A connection for each worker and each of their failures, for recovery and a caller.
             db.setPoolSize(db.getPoolSize() + 2 * self.workers + 2)
@@ -518,11 +517,15 @@ def stop_before_close(db: Any) -> None:
 
     Else their threads would go on, keep it in memory, and complain that it is closed.
     """
+    if db in _used:
+        return
+    _used[db] = set()
     close = db.close
 
     def stop_and_close() -> None:
-        ours = {key: use for key, use in list(_in_use.items()) if key[0] is db}
-        _closing.add(db)  # else whoever uses one while the others stop would start it anew
+        with _in_use_lock():  # who is just starting one has it stopped with the others
+            ours = {key: use for key, use in list(_in_use.items()) if key[0] is db}
+            _closing.add(db)  # else whoever uses one while the others stop would start it anew
         try:
             stop_together([use.executor for use in ours.values()])
             close()
@@ -542,6 +545,10 @@ def _serves(scheduler: Scheduler | None) -> TypeGuard[Scheduler]:
     if scheduler is None:
         return False
     return not scheduler.executor.stopped or current_job().sid is not None
+
+
+def _in_use_lock() -> threading.Lock:
+    return _in_use_locks.setdefault(os.getpid(), threading.Lock())
 
 
 def _forget(key: tuple[Any, bytes], scheduler: Scheduler) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import weakref
 from contextlib import suppress
@@ -19,11 +20,15 @@ from ZODB.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import ConflictError
 
-from pyramid_async import JobStopped, current_job
+from pyramid_async import JobStopped, current_job, scheduler
 from pyramid_async.connections import TwoConnections
 from pyramid_async.context import PersistentContext
 from pyramid_async.interfaces import JobDismissed, NotSchedulable
-from pyramid_async.scheduler import PersistentTransactionalScheduler, TransactionalScheduler
+from pyramid_async.scheduler import (
+    PersistentTransactionalScheduler,
+    TransactionalScheduler,
+    executor_for,
+)
 from pyramid_async.transactional import transactional
 
 
@@ -726,6 +731,41 @@ def test_whoever_uses_a_persistent_scheduler_while_its_database_closes_starts_no
     with pytest.raises(ValueError, match="closed"):
         persistent.scheduler.completed("00" * 16)
     executor_has_ended(wait_for)
+
+
+class CountedLock:
+    """A lock that counts who asked for it."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.asked = 0
+
+    def __enter__(self):
+        self.asked += 1
+        self.lock.acquire()
+
+    def __exit__(self, *error):
+        self.lock.release()
+
+
+def test_database_that_closes_while_a_persistent_scheduler_starts_stops_it(
+    persistent, monkeypatch, wait_for
+):
+    lock, made = CountedLock(), []
+    closing = threading.Thread(target=lambda: persistent.db.close())
+
+    def close_meanwhile(*args):
+        closing.start()
+        wait_for(lambda: lock.asked == 2 or not closing.is_alive())
+        made.append(executor_for(*args))
+        return made[0]
+
+    monkeypatch.setattr(scheduler, "_in_use_locks", {os.getpid(): lock})
+    monkeypatch.setattr(scheduler, "executor_for", close_meanwhile)
+    persistent.scheduler._scheduler()
+    closing.join(10)
+    assert made[0].stopped
+    assert not any(db is persistent.db for db, _ in scheduler._in_use)
 
 
 def test_persistent_scheduler_is_as_durable_as_the_data_beside_it(persistent, wait_for):
