@@ -159,8 +159,8 @@ class Bells:
         """Have a message sent; never wait."""
         if self.room():  # else recovery rings later
             queue_name = queue_name or self.default_queue
+            self._note(sid)  # first: the thread may have dropped it a moment later
             self._waiting.put(Ring(sid, queue_name, bell, most_waiting, viewed))
-            self._note(sid)
 
     def stop(self, timeout: float) -> None:
         """Send what waits, for *timeout* seconds at most."""

@@ -817,6 +817,17 @@ def test_a_bell_that_was_dropped_may_be_rung_again(caplog, monkeypatch):
     ringer.stop(5)
 
 
+def test_a_bell_that_the_thread_drops_at_once_may_be_rung_again(monkeypatch):
+    def drop(ring):
+        ringer._unconfirmed.append(ring)
+        ringer._drop(OSError("away"))
+
+    ringer = Bells("amqp://", "queue", 10)
+    monkeypatch.setattr(ringer, "_waiting", SimpleNamespace(qsize=lambda: 0, put=drop))
+    ringer.ring("a" * 32, None, BELL)
+    assert not ringer.rung("a" * 32)
+
+
 def test_bells_are_sent_again_once_the_broker_is_back(broker, caplog, monkeypatch):
     monkeypatch.setattr(bells, "BROKER_TIMEOUT", 0.01)
     ringer, queue = Bells(broker, uuid4().hex, 10), uuid4().hex
