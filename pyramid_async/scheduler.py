@@ -552,8 +552,9 @@ def _in_use_lock() -> threading.Lock:
 
 
 def _forget(key: tuple[Any, bytes], scheduler: Scheduler) -> None:
-    if _in_use.get(key) is scheduler:  # else another one was started meanwhile
-        del _in_use[key]
+    with _in_use_lock():
+        if _in_use.get(key) is scheduler:  # else another thread forgot it, or started a new one
+            del _in_use[key]
 
 
 # (database, oid of the scheduler) -> what runs its jobs in this process, until `stop` or until

@@ -768,6 +768,28 @@ def test_database_that_closes_while_a_persistent_scheduler_starts_stops_it(
     assert not any(db is persistent.db for db, _ in scheduler._in_use)
 
 
+def test_two_threads_may_stop_one_persistent_scheduler(persistent, monkeypatch, wait_for):
+    persistent.scheduler._scheduler()
+    key = persistent.scheduler._key()
+    found = scheduler._in_use[key]
+    lock, other = CountedLock(), threading.Thread(target=lambda: scheduler._forget(key, found))
+
+    class Forgotten(dict):
+        def get(self, key):
+            value = super().get(key)
+            if other.ident is None:
+                other.start()
+                wait_for(lambda: lock.asked == 2 or not other.is_alive())
+            return value
+
+    found.executor.stop(10)
+    monkeypatch.setattr(scheduler, "_in_use_locks", {os.getpid(): lock})
+    monkeypatch.setattr(scheduler, "_in_use", Forgotten(scheduler._in_use))
+    scheduler._forget(key, found)
+    other.join(10)
+    assert key not in scheduler._in_use
+
+
 def test_persistent_scheduler_is_as_durable_as_the_data_beside_it(persistent, wait_for):
     """Schedule and change are one commit."""
     tids = [t.tid for t in persistent.db.storage.iterator()]
