@@ -480,6 +480,7 @@ class PersistentTransactionalScheduler(Persistent):
             with _in_use_lock():
                 stop_before_close(db)
                 if db in _closing or not db.databases:
+                    current_job().check()  # it would fail of a stop, and no other process run it
                     raise ValueError(f"the database of {self!r} is closed")
                 scheduler = _in_use.get(key)
                 if not _serves(scheduler):

@@ -733,6 +733,22 @@ def test_whoever_uses_a_persistent_scheduler_while_its_database_closes_starts_no
     executor_has_ended(wait_for)
 
 
+def test_job_that_starts_another_scheduler_while_the_database_closes_is_given_back(
+    persistent, at, caplog, wait_for
+):
+    caplog.set_level("INFO")
+    other = persistent.root["other"] = PersistentTransactionalScheduler()
+    sid = persistent.scheduler.schedule(schedule_when_told_to_stop, at, other)
+    transaction.commit()
+    GATES[at].reach()
+    persistent.scheduler._p_activate()  # the fixture's end uses it without its database
+    closing = threading.Thread(target=persistent.db.close)
+    closing.start()
+    closing.join(10)
+    executor_has_ended(wait_for)
+    assert f"job {sid!r} is given back" in caplog.text
+
+
 class CountedLock:
     """A lock that counts who asked for it."""
 
