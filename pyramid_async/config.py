@@ -270,6 +270,8 @@ def request_scheduler(request: Any) -> Scheduler:
         respond=lambda status: views.accepted(request, status),
     )
     scheduler: Scheduler = request.registry.getUtility(IScheduler)
+    # It refers to the request, which would wait for the collector, with all that was uploaded.
+    request.add_finished_callback(lambda request: request.__dict__.pop("scheduler", None))
     return scheduler.bind(request.tm, caller)
 
 

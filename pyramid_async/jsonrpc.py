@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Callable
 from secrets import token_hex
-from typing import Any
+from typing import Any, ClassVar
 
 from pyramid.httpexceptions import HTTPException
 from pyramid.response import Response
@@ -181,21 +181,24 @@ class Methods:
     All work in the request's transaction.
     """
 
+    own: ClassVar = {
+        "async.status": "status",
+        "async.result": "job_result",
+        "async.cancel": "cancel",
+    }
+
     def __init__(self, request: Any) -> None:
         self.request = request
         self.scheduler = request.scheduler
         self.operations = self.scheduler.operations
         self.read = 0  # bytes of results
-        self.own = {
-            "async.status": self.status,
-            "async.result": self.job_result,
-            "async.cancel": self.cancel,
-        }
 
     def call(self, name: str, params: Any) -> Any:
         if name in self.own:
-            args, kw = arguments(self.own[name], params)
-            return self.own[name](*args, **kw)
+            # Not bound in `__init__`: each would keep us, and the request, for the collector.
+            method = getattr(self, self.own[name])
+            args, kw = arguments(method, params)
+            return method(*args, **kw)
         if name in self.operations:
             return self.start(name, params)
         raise RpcError(METHOD_NOT_FOUND)

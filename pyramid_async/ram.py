@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from weakref import ref
 
 from persistent import Persistent
 from ZODB.POSException import ConflictError
@@ -294,7 +295,8 @@ class RamTable:
         self._connect = connect
         self._joined = False
         self._voted: set[Any] = set()  # sids and keys that are reserved for us
-        self._records: dict[str, JobRecord] = {}  # as last read
+        # As last read, by who has them still: they refer to us, and to read alone ends nothing.
+        self._records: dict[str, ref[JobRecord]] = {}
         self._changed: dict[str, JobRecord] = {}  # written or added
         self._removed: set[str] = set()  # of those
         self._added: set[str] = set()  # of those
@@ -328,12 +330,14 @@ class RamTable:
     def _load(self, sid: str) -> JobRecord | None:
         # One dictionary look-up is atomic, and states are never changed in place.
         serial, state = self.store.states.get(sid, (0, None))
-        record = self._records.get(sid)
+        known = self._records.get(sid)
+        record = None if known is None else known()
         if record is not None and record._v_serial == serial:
             return record
         if state is None:
             return None
-        record = self._records[sid] = JobRecord.__new__(JobRecord)
+        record = JobRecord.__new__(JobRecord)
+        self._records[sid] = ref(record)
         record.__setstate__(state)
         return self._adopt(record, serial)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
 import sys
+import weakref
 from uuid import uuid4
 
 import pytest
 from pyramid.csrf import CookieCSRFStoragePolicy
+from pyramid.events import NewRequest
 from pyramid.httpexceptions import HTTPUnauthorized
 from test_http import STATUS_INFO
 from transaction.interfaces import TransientError
@@ -673,3 +676,27 @@ def test_jobs_of_a_batch_start_after_its_commit(web):
     answers = post(web, batch(*[("echo", number) for number in range(20)])).json
     values = [value_of(web, answer["result"]) for answer in answers[:20]]
     assert values == list(range(20))
+
+
+# -- memory --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("ask", [lambda web: web.start(echo), lambda web: call(web, "echo", 1)])
+def test_request_that_starts_a_job_goes_without_the_garbage_collector(name, ask):
+    requests = []
+
+    def note(event):
+        requests.append(weakref.ref(event.request))
+
+    def routes(config):
+        operations(config)
+        config.add_subscriber(note, NewRequest)
+
+    with kind(name, routes=routes) as web:
+        gc.disable()
+        try:
+            ask(web)
+            assert [request() for request in requests] == [None]
+        finally:
+            gc.enable()

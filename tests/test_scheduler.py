@@ -48,6 +48,7 @@ from pyramid_async import (
     JobStatus,
     JobTimeout,
     NotSchedulable,
+    OperationFailed,
     SchedulerFull,
     current_job,
 )
@@ -2004,23 +2005,36 @@ def tm_is_shared():
     )
 
 
+def note_request():
+    REQUESTS.append(weakref.ref(current_job().request))
+
+
+def note_request_and_fail():
+    note_request()
+    raise OperationFailed("which is logged without its traceback")
+
+
+def note_request_and_use_scheduler():
+    note_request()
+    current_job().request.scheduler.status(current_job().sid)
+
+
+@pytest.mark.parametrize(
+    "note", [note_request, note_request_and_fail, note_request_and_use_scheduler]
+)
 @pytest.mark.parametrize("kind", SOME)
-def test_request_of_a_job_goes_without_the_garbage_collector(kind, wait_for):
+def test_request_of_a_job_goes_without_the_garbage_collector(kind, note, wait_for):
     REQUESTS.clear()
     with site(**ALL[kind]) as web:
         gc.disable()
         try:
-            web.run(note_request)
+            web.outcome(web.schedule(note))
             wait_for(lambda: [request() for request in REQUESTS] == [None])
         finally:
             gc.enable()
 
 
 REQUESTS = []
-
-
-def note_request():
-    REQUESTS.append(weakref.ref(current_job().request))
 
 
 @pytest.mark.parametrize("kind", SOME)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from collections import OrderedDict, namedtuple
 from contextlib import contextmanager, suppress
 from copy import deepcopy
@@ -1507,6 +1508,21 @@ def test_no_end_of_a_transaction_leaks_room(clock, end):
             if seen.get(sid):
                 finish(seen.get(sid))
     assert (len(store.pending), promised(store), store.voted) == (0, 0, set())
+
+
+def test_transaction_that_only_read_goes_without_the_garbage_collector(clock):
+    store = RamStore(clock=clock)
+    add(store)
+    gc.disable()
+    try:
+        with view(store) as seen:
+            record = seen.get()
+            assert seen.get() is record
+            gone = weakref.ref(seen.table)
+        del seen, record
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 # -- payloads ------------------------------------------------------------------------------
