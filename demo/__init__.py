@@ -38,7 +38,10 @@ def main(global_config: dict[str, str], **settings: Any) -> Any:
         config.include("pyramid_zodbconn")
         config.include("pyramid_async")
         config.set_session_factory(
-            SignedCookieSessionFactory(settings["demo.secret"], httponly=True, samesite="Lax")
+            # Without a timeout: a page may be left open for long, and its forms need their token.
+            SignedCookieSessionFactory(
+                settings["demo.secret"], httponly=True, samesite="Lax", timeout=None
+            )
         )
         config.set_security_policy(Users(settings["demo.secret"]))
         config.set_default_csrf_options(require_csrf=True, callback=needs_token)

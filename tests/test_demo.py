@@ -17,7 +17,9 @@ import venv
 from configparser import ConfigParser
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
+import pyramid.session
 import pytest
 import transaction
 from crash.storages import free_port
@@ -622,6 +624,13 @@ def test_forms_without_their_token_are_refused(client):
     assert not client.get(client.url_of(page)).json["done"]
 
 
+def test_forms_of_a_page_that_was_open_for_a_day_are_taken(client, monkeypatch):
+    page = client.get("/")
+    tomorrow = time.time() + 86_400
+    monkeypatch.setattr(pyramid.session, "time", SimpleNamespace(time=lambda: tomorrow))
+    assert "Fail with a reason" in text_of(client.press(page, "/start/fail"))
+
+
 @pytest.mark.parametrize(
     "address",
     ["/nothing", "/jobs/unknown", "/datasets/unknown", "/jobs/%00", "/datasets/%F0%9F%92%A9"],
@@ -734,6 +743,7 @@ def test_pages_work_without_script(client):
 STOPPED = """
 import os, signal, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from test_demo import Client
 client = Client(Path(sys.argv[1]))
 page = client.press(client.get("/"), "/start/echo")
