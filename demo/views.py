@@ -351,9 +351,9 @@ def expired_form(error: BadCSRFToken, request: Request) -> dict[str, str]:
 
 @exception_view_config(UnicodeDecodeError, renderer="templates/message.jinja2")
 def damaged_address(error: UnicodeDecodeError, request: Request) -> dict[str, str]:
-    """Answer for a query that is not UTF-8, which WebOb does not read."""
+    """Answer for a path or a query that is not UTF-8, which WebOb does not read."""
     request.response.status_int = 400
-    return {"title": "Damaged address", "text": "What follows the question mark is not UTF-8."}
+    return {"title": "Damaged address", "text": "The address is not UTF-8."}
 
 
 @exception_view_config(DamagedForm, renderer="templates/message.jinja2")

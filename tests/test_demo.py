@@ -24,6 +24,7 @@ import pytest
 import transaction
 from crash.storages import free_port
 from pyramid.paster import get_app
+from webob import Request
 from webtest import TestApp, Upload
 from ZODB.POSException import ConflictError
 
@@ -639,9 +640,11 @@ def test_unknown_addresses_are_answered_with_a_page(client, address):
     assert "Not found" in text_of(client.get(address, status=404))
 
 
-def test_query_that_is_not_utf_8_is_refused(client):
-    dataset = client.imported("people.csv", PEOPLE)
-    assert "not UTF-8" in text_of(client.get(dataset + "?q=%ff", status=400))
+@pytest.mark.parametrize("address", ["/jobs/%ff", "/characters?q=%ff"])
+def test_address_that_is_not_utf_8_is_refused(client, address):
+    response = Request.blank(address).get_response(client.app)  # TestApp cannot send a path
+    assert response.status_int == 400
+    assert "The address is not UTF-8" in response.text
 
 
 def part(name, text="x", head="", filename=""):
