@@ -143,6 +143,7 @@ test("a page of another origin calls echo and shows the answer after five second
   assert.ok(Date.now() - begun >= 5_000);
   const [, asked] = /asked (\d+) times/.exec(await page.locator("#answer").innerText());
   assert.ok(asked >= 2 && asked <= 10, asked);
+  assert.equal(await page.locator("#said li").filter({ hasText: /^← (?!job)/ }).count(), Number(asked));
   assert.match(await page.locator("#said").innerText(), /"method":"echo"/);
 });
 
