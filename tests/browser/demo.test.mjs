@@ -94,6 +94,17 @@ async function everyPage(options) {
   const paths = ["/", new URL(page.url()).pathname, "/nothing"];
   await page.getByRole("link", { name: "Search the rows" }).click();
   paths.push(new URL(page.url()).pathname);
+  await page.goto(server.origin + "/");
+  await page.getByLabel("Text").fill("without_blanks_".repeat(9));
+  await page.getByRole("button", { name: "Echo it" }).click();
+  await page.waitForURL("**/jobs/**");
+  paths.push(new URL(page.url()).pathname);
+  await page.getByText("The answer: ").waitFor();
+  const name = `${"without_blanks_".repeat(6)}.csv`;
+  await page.goto(server.origin + "/");
+  await page.locator("#file").setInputFiles({ name, mimeType: "text/csv", buffer: Buffer.from("") });
+  await page.getByRole("button", { name: "Import" }).click();
+  await page.getByText("The file is empty").waitFor();
   await pressed(page, "/", "/start/fail");
   await page.getByText("The oracle is closed").waitFor();
   paths.push(new URL(page.url()).pathname);
@@ -125,7 +136,7 @@ test("axe finds nothing on any page of the demo", LIMIT, async () => {
 });
 
 test("every page of the demo fits a narrow window", LIMIT, async () => {
-  const { context, page, paths } = await everyPage({ viewport: { width: 360, height: 640 } });
+  const { context, page, paths } = await everyPage({ viewport: { width: 320, height: 640 } });
   const elsewhere = await called(context, "Hello");
   await elsewhere.locator("[part=bar]").waitFor();
   const tooWide = () => document.documentElement.scrollWidth - innerWidth;
