@@ -212,6 +212,34 @@ test("the list of own jobs follows what another window starts", LIMIT, async () 
   assert.equal(await list.locator("#timeline .bar.failed").count(), 1);
 });
 
+test("the list of own jobs asks once at a time where no answer comes", LIMIT, async () => {
+  const page = await (await visitor()).newPage();
+  await page.clock.install();
+  await page.addInitScript(() => {
+    AbortSignal.timeout = (delay) => {
+      const stop = new AbortController();
+      setTimeout(() => stop.abort(), delay);
+      return stop.signal;
+    };
+  });
+  const isLook = (request) => request.url().includes("/async?");
+  const underway = new Set();
+  let most = 0;
+  page.on("request", (request) => {
+    if (isLook(request)) most = Math.max(most, underway.add(request).size);
+  });
+  page.on("requestfailed", (request) => underway.delete(request));
+  await page.goto(server.origin + "/jobs");
+  await page.route("**/async?*", () => {}); // never answered
+  const again = () => page.waitForRequest(isLook);
+  for (let looks = 0; looks < 2; looks += 1) {
+    const look = again();
+    for (let seconds = 0; seconds < 25; seconds += 5) await page.clock.runFor(5_000);
+    await look;
+  }
+  assert.equal(most, 1);
+});
+
 test("a job in the list is cancelled with the keyboard and keeps the focus", LIMIT, async () => {
   const page = await opened(await visitor(), "/");
   await pressed(page, "/", "/start/count");
