@@ -9,6 +9,7 @@ from typing import Any
 from pyramid.httpexceptions import HTTPException
 from pyramid.response import Response
 from pyramid.security import NO_PERMISSION_REQUIRED
+from pyramid.traversal import ResourceTreeTraverser
 from transaction.interfaces import TransientError
 
 from .cors import add_async_cors, protect
@@ -85,14 +86,13 @@ class Outside:
         pass
 
 
-def staying(root: Outside) -> Any:
-    """Make the traverser of these routes: a virtual root is one of the application's resources.
+class Staying(ResourceTreeTraverser):
+    """The traverser of these routes: a virtual root is one of the application's resources.
 
     If the context had it, and so any item, a policy would find in it whatever user it looks for.
     """
-    here = dict.fromkeys(("root", "context", "virtual_root"), root)
-    path = dict.fromkeys(("subpath", "traversed", "virtual_root_path"), ())
-    return lambda request: {**here, **path, "view_name": ""}
+
+    VH_ROOT_KEY = None
 
 
 class NotAllowed:

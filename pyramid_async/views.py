@@ -27,7 +27,7 @@ from .inputs import parameters
 from .interfaces import IScheduler
 from .jobs import DISMISSED, SUCCESSFUL, TICKS, JobStatus
 from .listing import page
-from .resources import FULL_RETRY, Outside, add_refusals, add_resource, is_outage, staying
+from .resources import FULL_RETRY, Outside, Staying, add_refusals, add_resource, is_outage
 from .results import response_of
 from .waiting import add_slots, hold
 
@@ -47,7 +47,7 @@ def add_routes(config: Any) -> None:
     add_cors(config)
     add_slots(config)
     add_refusals(config)
-    config.add_traverser(staying, Outside)
+    config.add_traverser(Staying, Outside)
     add_resource(config, "async.jobs", "", GET=jobs)
     add_resource(config, "async.status", SID, GET=status, DELETE=dismiss)
     add_resource(config, "async.results", SID + "/results", GET=results)

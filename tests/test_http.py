@@ -23,7 +23,7 @@ from pyramid.httpexceptions import (
 from pyramid.request import Request
 from pyramid.response import Response
 from pyramid.security import forget
-from pyramid.traversal import _segment_cache
+from pyramid.traversal import _segment_cache, find_resource
 from transaction.interfaces import TransientError
 from webapp import (
     GATES,
@@ -794,13 +794,17 @@ def test_virtual_root_of_the_application_does_not_count(web):
     web.delete(url, headers=below, status=200)
 
 
-def test_policy_finds_no_user_in_the_context(web, monkeypatch):
+@pytest.mark.parametrize(
+    "find",
+    [lambda root: root["users"]["mallory"], lambda root: find_resource(root, "/users/mallory")],
+)
+def test_policy_finds_no_user_in_the_context(web, monkeypatch, find):
     """In the application's own root there would be none of this name."""
     url, _ = web.finished(echo)
 
     def known(self, request):
         root = getattr(request, "root", None)  # not yet, when pyramid_tm asks
-        return root and root["users"]["mallory"]
+        return root and find(root)
 
     monkeypatch.setattr(Policy, "authenticated_userid", known)
     web.get(url, status=500)
