@@ -548,8 +548,9 @@ def _serves(scheduler: Scheduler | None) -> TypeGuard[Scheduler]:
     return not scheduler.executor.stopped or current_job().sid is not None
 
 
-def _in_use_lock() -> threading.Lock:
-    return _in_use_locks.setdefault(os.getpid(), threading.Lock())
+def _in_use_lock() -> threading.RLock:
+    # A signal handler or finalizer may close a database in the thread that just has it.
+    return _in_use_locks.setdefault(os.getpid(), threading.RLock())
 
 
 def _forget(key: tuple[Any, bytes], scheduler: Scheduler) -> None:
@@ -566,4 +567,4 @@ _closing: Any = WeakSet()
 # Database -> oids of the schedulers that were ever in use in this process.
 _used: Any = WeakKeyDictionary()
 # One a process: a fork may have copied a lock that is held.
-_in_use_locks: dict[int, threading.Lock] = {}
+_in_use_locks: dict[int, threading.RLock] = {}

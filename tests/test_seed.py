@@ -784,6 +784,29 @@ def test_database_that_closes_while_a_persistent_scheduler_starts_stops_it(
     assert not any(db is persistent.db for db, _ in scheduler._in_use)
 
 
+def test_signal_handler_may_close_the_database_while_a_persistent_scheduler_starts(
+    persistent, monkeypatch
+):
+    """So may a finalizer: both run in the thread that is starting it."""
+
+    def close_and_exit(*args):
+        persistent.db.close()
+        raise SystemExit
+
+    monkeypatch.setattr(scheduler, "_in_use_locks", {})
+    monkeypatch.setattr(scheduler, "executor_for", close_and_exit)
+    persistent.scheduler._p_activate()  # the fixture's end uses it without its database
+
+    def start():
+        with suppress(SystemExit):
+            persistent.scheduler._scheduler()
+
+    starting = threading.Thread(target=start, daemon=True)
+    starting.start()
+    starting.join(10)
+    assert not starting.is_alive()
+
+
 def test_two_threads_may_stop_one_persistent_scheduler(persistent, monkeypatch, wait_for):
     persistent.scheduler._scheduler()
     key = persistent.scheduler._key()
