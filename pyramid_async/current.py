@@ -16,7 +16,6 @@ from .jobs import Failure, Live
 from .process import at_rest, new_id, renew_in_children
 
 T = TypeVar("T")
-N = TypeVar("N", float, Decimal)
 
 # Longest message of a job, in characters; what is longer is cut.
 MESSAGE_LIMIT = 500
@@ -56,7 +55,9 @@ class Job:
         self.ending = threading.Lock()  # held by who records and tells how the attempt ended
         self.over = False  # that was done
 
-    def progress(self, done: N, total: N | None = None, message: Any = None) -> None:
+    def progress(
+        self, done: float | Decimal, total: float | Decimal | None = None, message: Any = None
+    ) -> None:
         """Tell how far the job is: *done* of *total* units, and a *message*.
 
         Without *total* only the message counts.  Of a message the first 500 characters are kept.
@@ -64,7 +65,7 @@ class Job:
         """
         self.check()
         percent = self.percent
-        share = float(100 * done / total) if total else math.nan
+        share = 100 * float(done) / float(total) if total else math.nan
         if not math.isnan(share):
             # 100 is for successful jobs, and progress never falls.
             percent = max(percent or 0, int(min(99.0, max(0.0, share))))
@@ -138,7 +139,9 @@ class NoJob:
     attempt = 0
     cursor: Any = None
 
-    def progress(self, done: N, total: N | None = None, message: Any = None) -> None:
+    def progress(
+        self, done: float | Decimal, total: float | Decimal | None = None, message: Any = None
+    ) -> None:
         pass
 
     def track(

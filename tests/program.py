@@ -43,6 +43,7 @@ class Account(Persistent):
 
     def book(self, amount: Decimal, *, text: str = "") -> None:
         self.balance += amount
+        current_job().progress(0, Decimal("99.5"))
         current_job().progress(self.balance, Decimal("99.5"), text)
 
 

@@ -153,7 +153,7 @@ def test_message_alone_leaves_the_percentage(job):
 
 @pytest.mark.parametrize(
     ("done", "total", "percent"),
-    [(Decimal(29), Decimal(100), 29), (math.nan, 3, None), (1, math.nan, None), (5, math.inf, 0)],
+    [(Decimal(29), 100.0, 29), (math.nan, 3, None), (1, math.nan, None), (5, math.inf, 0)],
 )
 def test_odd_numbers_fail_no_job(job, done, total, percent):
     job.progress(done, total, "odd")
