@@ -529,7 +529,8 @@ def stop_before_close(db: Any) -> None:
             _closing.add(db)  # else whoever uses one while the others stop would start it anew
         try:
             stop_together([use.executor for use in ours.values()])
-            close()
+            if db.databases:  # else a signal handler or another thread closed it meanwhile
+                close()
         finally:
             _closing.discard(db)
             for key, use in ours.items():

@@ -807,6 +807,21 @@ def test_signal_handler_may_close_the_database_while_a_persistent_scheduler_star
     assert not starting.is_alive()
 
 
+def test_database_may_be_closed_again_while_it_closes(persistent, monkeypatch):
+    """As a signal handler does; the ZODB allows it."""
+    persistent.scheduler._scheduler()
+    stop = scheduler.stop_together
+
+    def close_again(executors):
+        monkeypatch.setattr(scheduler, "stop_together", stop)
+        persistent.db.close()
+        stop(executors)
+
+    monkeypatch.setattr(scheduler, "stop_together", close_again)
+    persistent.db.close()
+    assert not any(db is persistent.db for db, _ in scheduler._in_use)
+
+
 def test_two_threads_may_stop_one_persistent_scheduler(persistent, monkeypatch, wait_for):
     persistent.scheduler._scheduler()
     key = persistent.scheduler._key()
