@@ -66,6 +66,14 @@ def closed_afterwards(database):
     gc.collect()
 
 
+@pytest.fixture
+def uncollected():
+    """The garbage collector rests: what is in a cycle stays."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
 @pytest.fixture(params=["ram", "zodb"])
 def one(request, db):
     """One process; the test runs its jobs by hand."""

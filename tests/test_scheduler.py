@@ -2023,15 +2023,11 @@ def note_request_and_use_scheduler():
     "note", [note_request, note_request_and_fail, note_request_and_use_scheduler]
 )
 @pytest.mark.parametrize("kind", SOME)
-def test_request_of_a_job_goes_without_the_garbage_collector(kind, note, wait_for):
+def test_request_of_a_job_goes_without_the_garbage_collector(kind, note, wait_for, uncollected):
     REQUESTS.clear()
     with site(**ALL[kind]) as web:
-        gc.disable()
-        try:
-            web.outcome(web.schedule(note))
-            wait_for(lambda: [request() for request in REQUESTS] == [None])
-        finally:
-            gc.enable()
+        web.outcome(web.schedule(note))
+        wait_for(lambda: [request() for request in REQUESTS] == [None])
 
 
 REQUESTS = []

@@ -1510,19 +1510,15 @@ def test_no_end_of_a_transaction_leaks_room(clock, end):
     assert (len(store.pending), promised(store), store.voted) == (0, 0, set())
 
 
-def test_transaction_that_only_read_goes_without_the_garbage_collector(clock):
+def test_transaction_that_only_read_goes_without_the_garbage_collector(clock, uncollected):
     store = RamStore(clock=clock)
     add(store)
-    gc.disable()
-    try:
-        with view(store) as seen:
-            record = seen.get()
-            assert seen.get() is record
-            gone = weakref.ref(seen.table)
-        del seen, record
-        assert gone() is None
-    finally:
-        gc.enable()
+    with view(store) as seen:
+        record = seen.get()
+        assert seen.get() is record
+        gone = weakref.ref(seen.table)
+    del seen, record
+    assert gone() is None
 
 
 # -- payloads ------------------------------------------------------------------------------

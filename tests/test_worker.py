@@ -680,25 +680,17 @@ def hold_and_conflict(key, times):
     return alive
 
 
-def test_what_an_attempt_held_is_let_go_before_the_next_one(one, key, pauses):
-    gc.disable()
-    try:
-        assert one.result(one.run(hold_and_conflict, key, 3)) == ([False] * 3, None)
-    finally:
-        gc.enable()
+def test_what_an_attempt_held_is_let_go_before_the_next_one(one, key, pauses, uncollected):
+    assert one.result(one.run(hold_and_conflict, key, 3)) == ([False] * 3, None)
 
 
 def remember_the_job(key):
     CALLS[key].append(weakref.ref(current_job()))
 
 
-def test_what_a_job_held_is_let_go_at_its_end(one, key):
-    gc.disable()
-    try:
-        one.run(remember_the_job, key)
-        assert CALLS[key][0]() is None
-    finally:
-        gc.enable()
+def test_what_a_job_held_is_let_go_at_its_end(one, key, uncollected):
+    one.run(remember_the_job, key)
+    assert CALLS[key][0]() is None
 
 
 def hold_and_be_interrupted(key):
@@ -708,13 +700,9 @@ def hold_and_be_interrupted(key):
     current_job().check()
 
 
-def test_what_a_job_held_is_let_go_when_it_is_interrupted(one, key, unlogged):
-    gc.disable()
-    try:
-        one.run(hold_and_be_interrupted, key)
-        assert CALLS[key][0]() is None
-    finally:
-        gc.enable()
+def test_what_a_job_held_is_let_go_when_it_is_interrupted(one, key, unlogged, uncollected):
+    one.run(hold_and_be_interrupted, key)
+    assert CALLS[key][0]() is None
 
 
 def remember_the_checkpoint(key):

@@ -137,6 +137,12 @@ const told = (route, job) =>
     body: JSON.stringify({ status: "running", done: false, links: [], ...job }),
   });
 
+/** Answer with a finished job to whoever sends an Authorization, with 401 to others. */
+const toldIfAuthorized = (route) =>
+  route.request().headers().authorization
+    ? told(route, { status: "successful", done: true })
+    : route.fulfill({ status: 401 });
+
 test("a page of another kind is neither a cancelled job nor a large result", LIMIT, async () => {
   const { page } = await visit();
   const path = await server.job("work", { seconds: 20, steps: 100 });
@@ -908,11 +914,7 @@ test("an element that is renamed while it is moved has the new name", LIMIT, asy
 
 test("an element that was refused asks with new headers when it is put in place again", LIMIT, async () => {
   const shown = await visit();
-  await shown.page.route("**/async/pretended*", (route) =>
-    route.request().headers().authorization
-      ? told(route, { status: "successful", done: true })
-      : route.fulfill({ status: 401 }),
-  );
+  await shown.page.route("**/async/pretended*", toldIfAuthorized);
   await shown.page.evaluate(async () => {
     const job = document.createElement("async-job");
     const refused = new Promise((resolve) => job.addEventListener("joberror", resolve));
@@ -927,11 +929,7 @@ test("an element that was refused asks with new headers when it is put in place 
 
 test("an element has headers before they are given, as frameworks that set properties ask", LIMIT, async () => {
   const shown = await visit();
-  await shown.page.route("**/async/pretended*", (route) =>
-    route.request().headers().authorization
-      ? told(route, { status: "successful", done: true })
-      : route.fulfill({ status: 401 }),
-  );
+  await shown.page.route("**/async/pretended*", toldIfAuthorized);
   await shown.page.evaluate(() => {
     const job = document.createElement("async-job");
     if ("headers" in job) job.headers = { Authorization: "Bearer x" };
