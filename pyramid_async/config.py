@@ -286,8 +286,15 @@ def add_operation(
     *f* may be a dotted name.  *permission*, on the root, is asked of whoever starts it by that
     name; without one anybody may.  *options* are those of `using`.  Two operations of one name
     are a configuration conflict.
-    Raises NotSchedulable for an option at once, for a function when the action is carried out.
+    Raises ConfigurationError for a name that nobody could call, and NotSchedulable for an option,
+    at once; NotSchedulable for a function when the action is carried out.
     """
+    if not isinstance(name, str) or not name or name.startswith(("async.", "rpc.")):
+        # JSON-RPC 2.0, section 4, keeps the second prefix for itself.
+        raise ConfigurationError(
+            f"add_operation: the name is {name!r}; allowed: a text that does not begin with async."
+            " or rpc."
+        )
     f = config.maybe_dotted(f)
     check_options(options)  # refused now rather than at the first request
     operation = Operation(f, permission, options)

@@ -206,6 +206,12 @@ def test_package_that_includes_it_again_takes_no_operations_away(config):
     assert list(registry.getUtility(IScheduler).operations) == ["sqrt"]
 
 
+@pytest.mark.parametrize("name", ["", None, "async.status", "rpc.discover"])
+def test_operation_that_nobody_could_call_stops_the_start(config, name):
+    with pytest.raises(ConfigurationError, match="the name is"):
+        config.add_operation(name, math.sqrt)
+
+
 @pytest.mark.parametrize("kind", [Worker, Recovery, ThreadExecutor, RamStore])
 def test_without_settings_the_defaults_are_the_same(kind):
     defaults = {setting.name: setting.default for setting in SETTINGS}
