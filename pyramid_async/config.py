@@ -28,8 +28,9 @@ from .interfaces import (
 )
 from .jobs import ACCEPTED, DISMISSED, FAILED, RUNNING, SUCCESSFUL, check_options
 from .ram import RamStore
+from .recovery import add_recovery
 from .requests import RequestSurroundings, origin_of
-from .scheduler import Caller, Operation, RequestIds, Scheduler, add_recovery
+from .scheduler import Caller, Operation, RequestIds, Scheduler
 from .settings import BadSetting, read_settings
 from .threads import ThreadExecutor, exit_on_sigterm, heed_mod_wsgi
 from .waiting import note_transaction

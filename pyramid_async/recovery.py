@@ -481,3 +481,9 @@ class Recovery:
     def _remove_signs(self, processes: list[str], table: Any) -> None:
         for process in processes:
             table.remove_sign(process)
+
+
+def add_recovery(executor: Any, **times: float) -> None:
+    """Give an executor its recovery, which also wakes the jobs that its worker puts off."""
+    executor.recovery = Recovery(executor, **times)
+    executor.worker.later = executor.recovery.later

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from hashlib import blake2b
-from typing import Any, Literal, NamedTuple, ParamSpec, TypeGuard
-from weakref import WeakKeyDictionary, WeakSet
+from typing import Any, Literal, NamedTuple, ParamSpec
 
 import transaction
 from persistent import Persistent
 from transaction.interfaces import TransientError
 from zope.interface import implementer
 
-from .current import current_job
 from .interfaces import (
     BadRecord,
     IScheduler,
@@ -38,11 +34,10 @@ from .jobs import (
 )
 from .process import new_id
 from .ram import RamStore
-from .recovery import Recovery
-from .threads import ThreadExecutor, stop_together
+from .standalone import executor_for, executor_of, stop_executor_of
 from .transactional import transact
 from .worker import Worker
-from .zodb import JobRoot, ZodbStore
+from .zodb import JobRoot
 
 log = logging.getLogger(__name__)
 
@@ -457,115 +452,9 @@ class PersistentTransactionalScheduler(Persistent):
 
     def stop(self, timeout: float = 5.0) -> None:
         """Stop this process's threads of this scheduler; the next use starts them again."""
-        key = self._key()
-        scheduler = _in_use.get(key)
-        if scheduler is not None:
-            try:
-                scheduler.executor.stop(timeout)
-            finally:
-                _forget(key, scheduler)
-
-    def _key(self) -> tuple[Any, bytes]:
-        if self._p_jar is None:
-            raise ValueError(
-                f"{self!r} is not in a database: make it an attribute or item of an object that"
-                " is, and commit"
-            )
-        return self._p_jar.db(), self._p_oid
+        stop_executor_of(self, timeout)
 
     def _scheduler(self) -> Scheduler:
-        db, oid = key = self._key()
-        scheduler = _in_use.get(key)
-        if not _serves(scheduler):
-            with _in_use_lock():
-                stop_before_close(db)
-                if db in _closing or not db.databases:
-                    current_job().check()  # it would fail of a stop, and no other process run it
-                    raise ValueError(f"the database of {self!r} is closed")
-                scheduler = _in_use.get(key)
-                if not _serves(scheduler):
-                    scheduler = _in_use[key] = self._start(db, oid)
-        connection = self._p_jar
+        executor = executor_of(self)
+        scheduler, connection = Scheduler(executor.worker, executor), self._p_jar
         return scheduler.bind(connection.transaction_manager, Caller(connect=lambda: connection))
-
-    def _start(self, db: Any, oid: bytes) -> Scheduler:
-        known = _used[db]
-        if oid not in known:
-            # A connection for each worker and each of their failures, for recovery and a caller.
-            db.setPoolSize(db.getPoolSize() + 2 * self.workers + 2)
-            known.add(oid)
-        store = ZodbStore(db, locate=lambda connection: connection.get(oid).records)
-        worker = Worker(store, result_timeout=self.timeout)
-        executor = executor_for(worker, self.workers)
-        executor.start()
-        return Scheduler(worker, executor)
-
-
-def executor_for(worker: Worker, workers: int) -> ThreadExecutor:
-    executor = ThreadExecutor(worker, workers)
-    add_recovery(executor)
-    return executor
-
-
-def add_recovery(executor: Any, **times: float) -> None:
-    """Give an executor its recovery, which also wakes the jobs that its worker puts off."""
-    executor.recovery = Recovery(executor, **times)
-    executor.worker.later = executor.recovery.later
-
-
-def stop_before_close(db: Any) -> None:
-    """Have the schedulers of a database stopped when it closes; it tells nobody.
-
-    Else their threads would go on, keep it in memory, and complain that it is closed.
-    """
-    if db in _used:
-        return
-    _used[db] = set()
-    close = db.close
-
-    def stop_and_close() -> None:
-        with _in_use_lock():  # who is just starting one has it stopped with the others
-            ours = {key: use for key, use in list(_in_use.items()) if key[0] is db}
-            _closing.add(db)  # else whoever uses one while the others stop would start it anew
-        try:
-            stop_together([use.executor for use in ours.values()])
-            if db.databases:  # else a signal handler or another thread closed it meanwhile
-                close()
-        finally:
-            _closing.discard(db)
-            for key, use in ours.items():
-                _forget(key, use)
-
-    db.close = stop_and_close
-
-
-def _serves(scheduler: Scheduler | None) -> TypeGuard[Scheduler]:
-    """Say whether it may be used: one that stops by the jobs alone that it still waits for.
-
-    They would start another one.
-    """
-    if scheduler is None:
-        return False
-    return not scheduler.executor.stopped or current_job().sid is not None
-
-
-def _in_use_lock() -> threading.RLock:
-    # A signal handler or finalizer may close a database in the thread that just has it.
-    return _in_use_locks.setdefault(os.getpid(), threading.RLock())
-
-
-def _forget(key: tuple[Any, bytes], scheduler: Scheduler) -> None:
-    with _in_use_lock():
-        if _in_use.get(key) is scheduler:  # else another thread forgot it, or started a new one
-            del _in_use[key]
-
-
-# (database, oid of the scheduler) -> what runs its jobs in this process, until `stop` or until
-# the database closes.
-_in_use: dict[tuple[Any, bytes], Scheduler] = {}
-# Databases that are being closed.
-_closing: Any = WeakSet()
-# Database -> oids of the schedulers that were ever in use in this process.
-_used: Any = WeakKeyDictionary()
-# One a process: a fork may have copied a lock that is held.
-_in_use_locks: dict[int, threading.RLock] = {}

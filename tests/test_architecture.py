@@ -43,8 +43,9 @@ MAP = {
     "worker": ("interfaces jobs transactional current failures attempt", "transaction"),
     "threads": ("interfaces jobs process current attempt worker", "transaction zope"),
     "recovery": ("interfaces jobs process transactional", "persistent transaction ZODB"),
+    "standalone": ("current zodb worker threads recovery", ""),
     "scheduler": (
-        "interfaces jobs process transactional current ram zodb worker threads recovery",
+        "interfaces jobs process transactional ram zodb worker standalone",
         "persistent transaction zope",
     ),
     # From here on Pyramid is known.

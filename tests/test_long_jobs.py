@@ -18,7 +18,8 @@ from ZODB.POSException import ConflictError
 from zope.interface import directlyProvides, providedBy
 
 from pyramid_async import current_job
-from pyramid_async.scheduler import Scheduler, executor_for
+from pyramid_async.scheduler import Scheduler
+from pyramid_async.standalone import executor_for
 from pyramid_async.transactional import transact
 from pyramid_async.worker import Worker
 from pyramid_async.zodb import ZodbStore

@@ -15,7 +15,8 @@ from ZODB.POSException import ConflictError, POSKeyError, ReadConflictError
 from pyramid_async import current_job
 from pyramid_async.interfaces import NotSchedulable, SchedulerFull
 from pyramid_async.ram import RamStore
-from pyramid_async.scheduler import Scheduler, executor_for
+from pyramid_async.scheduler import Scheduler
+from pyramid_async.standalone import executor_for
 from pyramid_async.worker import Worker
 from pyramid_async.zodb import ZodbStore
 

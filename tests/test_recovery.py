@@ -41,7 +41,8 @@ from pyramid_async.hints import Hints
 from pyramid_async.interfaces import JobTaken
 from pyramid_async.jobs import FRESH, Live
 from pyramid_async.recovery import ARCHIVE_AFTER, Sign
-from pyramid_async.scheduler import Scheduler, executor_for
+from pyramid_async.scheduler import Scheduler
+from pyramid_async.standalone import executor_for
 from pyramid_async.transactional import transact
 from pyramid_async.worker import Worker
 from pyramid_async.zodb import BATCH, HAUNTED, ZodbStore, ZodbTable
@@ -1564,7 +1565,8 @@ VICTIM = """
     import os, sys, threading, transaction, ZODB
     from BTrees.OOBTree import OOBTree
     from ZODB.FileStorage import FileStorage
-    from pyramid_async.scheduler import Scheduler, executor_for
+    from pyramid_async.scheduler import Scheduler
+    from pyramid_async.standalone import executor_for
     from pyramid_async.worker import Worker
     from pyramid_async.zodb import ZodbStore
     from test_recovery import killed_once

@@ -20,15 +20,15 @@ from ZODB.FileStorage import FileStorage
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import ConflictError
 
-from pyramid_async import JobStopped, current_job, scheduler
+from pyramid_async import JobStopped, current_job, standalone
 from pyramid_async.connections import TwoConnections
 from pyramid_async.context import PersistentContext
 from pyramid_async.interfaces import JobDismissed, NotSchedulable
 from pyramid_async.scheduler import (
     PersistentTransactionalScheduler,
     TransactionalScheduler,
-    executor_for,
 )
+from pyramid_async.standalone import executor_for
 from pyramid_async.transactional import transactional
 
 
@@ -776,12 +776,12 @@ def test_database_that_closes_while_a_persistent_scheduler_starts_stops_it(
         made.append(executor_for(*args))
         return made[0]
 
-    monkeypatch.setattr(scheduler, "_in_use_locks", {os.getpid(): lock})
-    monkeypatch.setattr(scheduler, "executor_for", close_meanwhile)
+    monkeypatch.setattr(standalone, "_in_use_locks", {os.getpid(): lock})
+    monkeypatch.setattr(standalone, "executor_for", close_meanwhile)
     persistent.scheduler._scheduler()
     closing.join(10)
     assert made[0].stopped
-    assert not any(db is persistent.db for db, _ in scheduler._in_use)
+    assert not any(db is persistent.db for db, _ in standalone._in_use)
 
 
 def test_signal_handler_may_close_the_database_while_a_persistent_scheduler_starts(
@@ -793,8 +793,8 @@ def test_signal_handler_may_close_the_database_while_a_persistent_scheduler_star
         persistent.db.close()
         raise SystemExit
 
-    monkeypatch.setattr(scheduler, "_in_use_locks", {})
-    monkeypatch.setattr(scheduler, "executor_for", close_and_exit)
+    monkeypatch.setattr(standalone, "_in_use_locks", {})
+    monkeypatch.setattr(standalone, "executor_for", close_and_exit)
     persistent.scheduler._p_activate()  # the fixture's end uses it without its database
 
     def start():
@@ -810,23 +810,23 @@ def test_signal_handler_may_close_the_database_while_a_persistent_scheduler_star
 def test_database_may_be_closed_again_while_it_closes(persistent, monkeypatch):
     """As a signal handler does; the ZODB allows it."""
     persistent.scheduler._scheduler()
-    stop = scheduler.stop_together
+    stop = standalone.stop_together
 
     def close_again(executors):
-        monkeypatch.setattr(scheduler, "stop_together", stop)
+        monkeypatch.setattr(standalone, "stop_together", stop)
         persistent.db.close()
         stop(executors)
 
-    monkeypatch.setattr(scheduler, "stop_together", close_again)
+    monkeypatch.setattr(standalone, "stop_together", close_again)
     persistent.db.close()
-    assert not any(db is persistent.db for db, _ in scheduler._in_use)
+    assert not any(db is persistent.db for db, _ in standalone._in_use)
 
 
 def test_two_threads_may_stop_one_persistent_scheduler(persistent, monkeypatch, wait_for):
     persistent.scheduler._scheduler()
-    key = persistent.scheduler._key()
-    found = scheduler._in_use[key]
-    lock, other = CountedLock(), threading.Thread(target=lambda: scheduler._forget(key, found))
+    key = standalone._key(persistent.scheduler)
+    found = standalone._in_use[key]
+    lock, other = CountedLock(), threading.Thread(target=lambda: standalone._forget(key, found))
 
     class Forgotten(dict):
         def get(self, key):
@@ -836,12 +836,12 @@ def test_two_threads_may_stop_one_persistent_scheduler(persistent, monkeypatch, 
                 wait_for(lambda: lock.asked == 2 or not other.is_alive())
             return value
 
-    found.executor.stop(10)
-    monkeypatch.setattr(scheduler, "_in_use_locks", {os.getpid(): lock})
-    monkeypatch.setattr(scheduler, "_in_use", Forgotten(scheduler._in_use))
-    scheduler._forget(key, found)
+    found.stop(10)
+    monkeypatch.setattr(standalone, "_in_use_locks", {os.getpid(): lock})
+    monkeypatch.setattr(standalone, "_in_use", Forgotten(standalone._in_use))
+    standalone._forget(key, found)
     other.join(10)
-    assert key not in scheduler._in_use
+    assert key not in standalone._in_use
 
 
 def test_persistent_scheduler_is_as_durable_as_the_data_beside_it(persistent, wait_for):

@@ -45,8 +45,8 @@ from pyramid_async.scheduler import (
     Caller,
     PersistentTransactionalScheduler,
     TransactionalScheduler,
-    executor_for,
 )
+from pyramid_async.standalone import executor_for
 from pyramid_async.threads import exit_on_sigterm, stop_all, stop_together
 from pyramid_async.transactional import pending
 from pyramid_async.worker import Worker
@@ -873,7 +873,8 @@ def test_zodb_that_was_opened_before_the_fork_is_refused_with_an_explanation(tmp
         """
         import os, sys, transaction, ZODB
         from ZODB.FileStorage import FileStorage
-        from pyramid_async.scheduler import Scheduler, executor_for
+        from pyramid_async.scheduler import Scheduler
+        from pyramid_async.standalone import executor_for
         from pyramid_async.worker import Worker
         from pyramid_async.zodb import OpenedBeforeFork, ZodbStore
 
