@@ -1,24 +1,19 @@
-"""The bells of Celery workers: messages with a job's id and nothing else; who sends, who takes."""
+"""The bells of Celery workers, messages with a job's id and nothing else, and who sends them."""
 
 from __future__ import annotations
 
 import logging
 import math
 import queue
-import re
 import struct
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-import click
 from celery import Celery
 from kombu import Connection, Producer
 from kombu.exceptions import ChannelError
-from kombu.utils.imports import symbol_by_name
 
 log = logging.getLogger(__name__)
 
@@ -27,23 +22,6 @@ log = logging.getLogger(__name__)
 BELL = "pyramid_async.bell"
 AGAIN = "pyramid_async.again"
 
-# What Celery's messages may name besides: other tasks that the worker would send on.
-LINKS = {"callbacks", "errbacks", "chain", "chord"}
-
-# What may be the id of a message; ours and Celery's are UUIDs.
-MESSAGE_ID = re.compile("[0-9A-Za-z-]{1,36}")
-
-# What a client raises at what is in the broker and no message at all, or one that it cannot read.
-UNREADABLE = (
-    AttributeError,
-    LookupError,
-    OverflowError,
-    RecursionError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
-
 # How a broker that is there and takes other bells refuses a queue.  The client finds out by itself
 # that a name is too long for the protocol.  Redis refuses none: what it answers is wrong with the
 # whole server.
@@ -51,16 +29,6 @@ REFUSALS = (struct.error, ChannelError)
 
 # Longest time that publishing may wait for a broker, seconds.
 BROKER_TIMEOUT = 1.0
-
-# The same for a worker, which also asks for a sign of life as often.
-WORKER_TIMEOUT = 10.0
-
-# Seconds until a worker connects again to a broker that told it what is wrong (a queue has other
-# arguments, say).  Celery does so at once, and again for ever.
-REFUSED_PAUSE = 1.0
-
-# What RabbitMQ calls an operation that a quorum queue does not know.
-NOT_IMPLEMENTED = 540
 
 # Seconds after which the broker is asked whether it got what was sent.
 CONFIRM = 0.1
@@ -75,9 +43,6 @@ PASSED_OVER = 300.0
 LENGTH_KNOWN = 1.0
 
 app = Celery("pyramid_async", set_as_current=False)
-app.user_options["preload"].add(
-    click.Option(("--ini",), help="The application's ini file, or file#section.")
-)
 # Nothing but an id passes, one way.
 app.conf.update(
     task_serializer="json",
@@ -357,27 +322,6 @@ def connect(url: str) -> Any:
     )
 
 
-def listen(url: str, queue_name: str) -> None:
-    """Let Celery's workers take bells from there, and notice when a connection is dead.
-
-    A firewall that forgot it swallows everything, and TCP says nothing to who only listens.
-    """
-    app.conf.update(
-        broker_url=url,
-        task_default_queue=queue_name,
-        broker_heartbeat=WORKER_TIMEOUT,
-        broker_transport_options=time_outs(url, WORKER_TIMEOUT),
-    )
-
-
-def broker_given() -> bool:
-    """Say whether the command line has -b, which Celery passes on as an environment variable."""
-    command = click.get_current_context().parent
-    return command is not None and (
-        command.get_parameter_source("broker") is click.core.ParameterSource.COMMANDLINE
-    )
-
-
 def time_outs(url: str, seconds: float) -> dict[str, Any]:
     """Return the options of a connection on which no answer is waited for any longer."""
     names = ["read_timeout", "write_timeout"]
@@ -385,102 +329,3 @@ def time_outs(url: str, seconds: float) -> dict[str, Any]:
         # It has no heartbeat: the client asks in its place.
         names = ["socket_timeout", "socket_connect_timeout", "health_check_interval"]
     return dict.fromkeys(names, seconds)
-
-
-# -- who takes them
-
-
-def take_bells_alone(consumer: Any) -> Any:
-    """Return a class like Celery's consumer, or its dotted name, that refuses what is no bell.
-
-    Celery ends the worker at some malformed messages, and the next worker at the same one.
-    """
-    base: Any = symbol_by_name(consumer)
-
-    class Consumer(base):
-        loop: Any
-
-        def start(self) -> None:
-            self.loop = going_on(self.loop)
-            super().start()
-
-        def create_task_handler(self, *args: Any, **kw: Any) -> Callable[[Any], None]:
-            return bells_alone(super().create_task_handler(*args, **kw))
-
-        def on_connection_error_before_connected(self, error: Exception) -> None:
-            super().on_connection_error_before_connected(error)
-            time.sleep(REFUSED_PAUSE)
-
-        def on_connection_error_after_connected(self, error: Exception) -> None:
-            super().on_connection_error_after_connected(error)
-            code = getattr(error, "reply_code", None)
-            if code == NOT_IMPLEMENTED:
-                # Of a virtual host of quorum queues, which know no common prefetching.
-                for each in self.app.amqp.queues.consume_from.values():
-                    each.queue_arguments = {"x-queue-type": "quorum"}
-            if isinstance(error, Unreadable):
-                purge(self.app)
-            elif code or isinstance(error, self.channel_errors):  # Redis gives no code
-                time.sleep(REFUSED_PAUSE)
-
-    return Consumer
-
-
-class Unreadable(ConnectionError):
-    """The client cannot read a message (why)."""
-
-
-def going_on(loop: Callable[..., None]) -> Callable[..., None]:
-    """Return Celery's loop, but one that connects again where the client cannot read a message.
-
-    It would end the worker, which waits for its jobs first, and takes no others meanwhile.
-    """
-
-    def go_on(*args: Any) -> None:
-        try:
-            loop(*args)
-        except UNREADABLE as error:
-            raise Unreadable(f"a message that is none: {error!r:.200}") from error
-
-    return go_on
-
-
-def purge(worker: Celery) -> None:
-    """Take all bells away, where a message that nobody can read is the first one again.
-
-    Recovery rings again for the jobs.  In Redis such a message is gone.
-    """
-    with suppress(Exception), connect(worker.conf.broker_url) as connection:
-        if connection.transport.driver_type == "amqp":
-            for name in worker.amqp.queues.consume_from:
-                connection.default_channel.queue_purge(name)
-
-
-def bells_alone(handle: Callable[[Any], Any]) -> Callable[[Any], None]:
-    """Return a function that hands bells on, with none of the headers that Celery would obey."""
-
-    def receive(message: Any) -> None:
-        try:
-            headers = headers_of_bell(message)
-        except Exception as error:
-            log.warning("a message that is no bell is refused: %.200r", error)
-            message.reject_log_error(log, (Exception,))
-        else:
-            message.headers = headers
-            handle(message)
-
-    return receive
-
-
-def headers_of_bell(message: Any) -> dict[str, str]:
-    """Return the headers that a bell must have, or raise an error."""
-    args, kw, embedded = message.payload
-    task, number = message.headers["task"], message.headers["id"]
-    # Celery writes the id into the log as it is.
-    if task not in (BELL, AGAIN) or not MESSAGE_ID.fullmatch(number):
-        raise ValueError(task, number)
-    if not isinstance(args, list) or len(args) != 1 or kw != {}:
-        raise ValueError(args, kw)
-    if not embedded.keys() <= LINKS or any(embedded.values()):
-        raise ValueError(embedded)
-    return {"lang": "py", "task": task, "id": number}

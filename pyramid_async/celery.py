@@ -33,6 +33,7 @@ from pyramid.scripts.common import get_config_loader
 from zope.interface import implementer
 
 try:
+    import click
     from billiard.pool import EX_RECYCLE
     from celery import signals
     from celery.worker import state
@@ -43,7 +44,8 @@ except ModuleNotFoundError as error:
 
 from .application import close_applications
 from .attempt import end_transaction
-from .bells import AGAIN, BELL, Bells, app, broker_given, listen, take_bells_alone, transport
+from .bells import AGAIN, BELL, Bells, app, transport
+from .consumer import listen, take_bells_alone
 from .hints import Hints
 from .interfaces import IExecutor, IExecutorFactory, IScheduler
 from .jobs import FRESH
@@ -393,6 +395,11 @@ def refuse(why: str) -> NoReturn:
     sys.exit(f"pyramid_async: {why}")
 
 
+app.user_options["preload"].add(
+    click.Option(("--ini",), help="The application's ini file, or file#section.")
+)
+
+
 @signals.user_preload_options.connect(weak=False)
 def read_ini(options: dict[str, Any], **sent: Any) -> None:
     """In the parent process: read the settings alone; no database is opened before the fork."""
@@ -407,6 +414,14 @@ def read_ini(options: dict[str, Any], **sent: Any) -> None:
         if "loggers" in get_config_loader(site.ini).get_sections():
             # Who takes this signal does it in Celery's place.
             signals.setup_logging.connect(set_up_logging, weak=False)
+
+
+def broker_given() -> bool:
+    """Say whether the command line has -b, which Celery passes on as an environment variable."""
+    command = click.get_current_context().parent
+    return command is not None and (
+        command.get_parameter_source("broker") is click.core.ParameterSource.COMMANDLINE
+    )
 
 
 def set_up_logging(**_: Any) -> None:

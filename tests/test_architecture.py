@@ -69,13 +69,15 @@ MAP = {
     "settings": ("jobs", ""),
     "config": ("*", "pyramid pyramid_zodbconn"),
     "__init__": ("interfaces jobs application current config", ""),
-    "bells": ("", "celery click kombu"),
+    "bells": ("", "celery kombu"),
+    "consumer": ("bells", "celery kombu"),
     "hints": ("", ""),
     "prefork": ("interfaces", ""),
     # Nobody imports these.
     "celery": (
-        "interfaces jobs application transactional attempt worker settings bells hints prefork",
-        "billiard celery pyramid transaction zope",
+        "interfaces jobs application transactional attempt worker settings bells consumer hints"
+        " prefork",
+        "billiard celery click pyramid transaction zope",
     ),
     "cli": ("interfaces jobs documents manage config", "pyramid zc"),
     "testing": (

@@ -58,6 +58,7 @@ from pyramid_async import celery as module
 from pyramid_async.attempt import storage_at_work
 from pyramid_async.bells import AGAIN, BELL, Bells, Ring, connect
 from pyramid_async.celery import bell
+from pyramid_async.consumer import take_bells_alone
 from pyramid_async.hints import Hints
 from pyramid_async.jobs import FRESH
 from pyramid_async.prefork import Signals, in_function
@@ -1102,7 +1103,7 @@ def passed_on(connection, queue):
     consumer = type("Consumer", (), {"create_task_handler": lambda self: passed.append})
     with closing(connection.SimpleQueue(queue)) as box:
         message = box.get(timeout=5)
-        bells.take_bells_alone(consumer)().create_task_handler()(message)
+        take_bells_alone(consumer)().create_task_handler()(message)
         assert message.acknowledged == (not passed)
         message.acknowledged or message.ack()
     return passed[0] if passed else None
@@ -1144,7 +1145,7 @@ def test_an_option_is_told_from_the_environment(options, given, monkeypatch):
         monkeypatch.setenv(name, RABBITMQ)
     general = celery_command.make_context("celery", [*options, "worker"])
     with click.Context(click.Command("worker"), parent=general):
-        assert bells.broker_given() is given
+        assert module.broker_given() is given
 
 
 OWN = """
@@ -2125,8 +2126,8 @@ class Consumer:
 )
 def test_a_worker_does_not_assail_a_broker_that_refuses(error, pauses, arguments, monkeypatch):
     slept = []
-    monkeypatch.setattr(bells, "time", SimpleNamespace(sleep=slept.append))
-    consumer = bells.take_bells_alone(Consumer)()
+    monkeypatch.setattr("pyramid_async.consumer.time", SimpleNamespace(sleep=slept.append))
+    consumer = take_bells_alone(Consumer)()
     consumer.on_connection_error_after_connected(error)
     assert (consumer.told, slept) == ([error], pauses)
     assert consumer.queue.queue_arguments == arguments
@@ -2134,8 +2135,8 @@ def test_a_worker_does_not_assail_a_broker_that_refuses(error, pauses, arguments
 
 def test_a_worker_does_not_assail_a_broker_that_refuses_its_first_command(monkeypatch):
     slept, error = [], redis.exceptions.ReadOnlyError()
-    monkeypatch.setattr(bells, "time", SimpleNamespace(sleep=slept.append))
-    consumer = bells.take_bells_alone(Consumer)()
+    monkeypatch.setattr("pyramid_async.consumer.time", SimpleNamespace(sleep=slept.append))
+    consumer = take_bells_alone(Consumer)()
     consumer.on_connection_error_before_connected(error)
     assert (consumer.told, slept) == ([error], [1.0])
 
