@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 
 from .interfaces import JobInterrupted, JobTimeout
 from .jobs import Failure, Live
-from .process import at_rest, new_id, renew_in_children
+from .process import new_id
 
 T = TypeVar("T")
 
@@ -181,27 +181,3 @@ class running:
     def __exit__(self, *exc: object) -> None:
         _current.reset(self.token)
         self.jobs.discard(self.job)
-
-
-class Changes:
-    """Tells waiting threads that some job of this process changed."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.renew()
-        renew_in_children(self)
-
-    def renew(self) -> None:
-        self._lock = threading.Lock()
-        self._told = threading.Condition(self._lock)
-
-    def tell(self) -> None:
-        with at_rest(self._lock):
-            self.count += 1
-            self._told.notify_all()
-
-    def wait(self, seen: int, timeout: float) -> None:
-        """Return once the count is no longer *seen*, or after *timeout* seconds."""
-        # Not the condition's own, which a signal handler that raises would leave locked.
-        with at_rest(self._lock):
-            self._told.wait_for(lambda: self.count != seen, timeout)

@@ -1,10 +1,11 @@
-"""What belongs to one process and must not cross a fork: its identity, its locks."""
+"""What belongs to one process and must not cross a fork: its identity, its locks, its changes."""
 
 from __future__ import annotations
 
 import os
 import platform
 import secrets
+import threading
 import time
 from typing import Any
 from weakref import WeakSet, WeakValueDictionary
@@ -65,6 +66,30 @@ def at_rest(lock: Any) -> Any:
     while lock.locked():
         time.sleep(0)
     return lock
+
+
+class Changes:
+    """Tells waiting threads that some job of this process changed."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.renew()
+        renew_in_children(self)
+
+    def renew(self) -> None:
+        self._lock = threading.Lock()
+        self._told = threading.Condition(self._lock)
+
+    def tell(self) -> None:
+        with at_rest(self._lock):
+            self.count += 1
+            self._told.notify_all()
+
+    def wait(self, seen: int, timeout: float) -> None:
+        """Return once the count is no longer *seen*, or after *timeout* seconds."""
+        # Not the condition's own, which a signal handler that raises would leave locked.
+        with at_rest(self._lock):
+            self._told.wait_for(lambda: self.count != seen, timeout)
 
 
 class Identity:

@@ -15,7 +15,7 @@ from typing import Any
 from transaction.interfaces import TransientError
 
 from .attempt import LASTING, Attempt, Gone, NotDue, NotOurs, Passing, Surroundings, Unreliable
-from .current import Changes, Job
+from .current import Job
 from .failures import failure_of, members
 from .interfaces import JobDismissed, JobFailed, JobInterrupted, JobStopped, JobTaken
 from .jobs import (
@@ -30,6 +30,7 @@ from .jobs import (
     Live,
     class_name,
 )
+from .process import Changes
 from .transactional import transact
 
 log = logging.getLogger(__name__)

@@ -40,7 +40,7 @@ MAP = {
     ),
     "failures": ("interfaces jobs", ""),
     "attempt": ("interfaces jobs transactional current failures", "transaction ZODB"),
-    "worker": ("interfaces jobs transactional current failures attempt", "transaction"),
+    "worker": ("interfaces jobs process transactional current failures attempt", "transaction"),
     "threads": ("interfaces jobs process current attempt worker", "transaction zope"),
     "recovery": ("interfaces jobs process transactional", "persistent transaction ZODB"),
     "standalone": ("current zodb worker threads recovery", ""),

@@ -7,7 +7,6 @@ import contextvars
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from decimal import Decimal
 
 import pytest
@@ -15,7 +14,7 @@ from bare import Clock, together
 
 import pyramid_async.current
 from pyramid_async import JobDismissed, JobStopped, JobTimeout, current_job
-from pyramid_async.current import MESSAGE_LIMIT, Changes, Job, running
+from pyramid_async.current import MESSAGE_LIMIT, Job, running
 from pyramid_async.jobs import JobRecord, status_of
 
 SID = "0123456789abcdef0123456789abcdef"
@@ -322,54 +321,3 @@ def test_checkpoint_that_fails_leaves_the_cursor(job):
     with pytest.raises(ZeroDivisionError):
         job.checkpoint("a")
     assert (job.cursor, job.checkpoints) == (None, 0)
-
-
-# -- changes -------------------------------------------------------------------------------
-
-
-def test_whoever_waits_for_changes_is_told():
-    changes = Changes()
-    waiting = threading.Event()
-    told = []
-
-    def wait():
-        seen = changes.count
-        waiting.set()
-        changes.wait(seen, 20)
-        told.append(changes.count)
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    assert waiting.wait(10)
-    changes.tell()
-    thread.join(10)
-    assert told == [1]
-
-
-def test_change_that_came_before_the_wait_is_not_missed():
-    changes = Changes()
-    seen = changes.count
-    changes.tell()
-    changes.wait(seen, 600)  # at once: a test may not take so long
-
-
-def test_wait_for_changes_ends():
-    changes = Changes()
-    changes.wait(changes.count, 0)
-    assert changes.count == 0
-
-
-class Interrupted(threading.Condition):
-    """A condition that a signal meets when it has its lock."""
-
-    def __enter__(self):
-        super().__enter__()
-        raise KeyboardInterrupt
-
-
-def test_wait_that_is_interrupted_at_its_begin_locks_nobody_out():
-    changes = Changes()
-    changes._told = Interrupted(changes._lock)
-    with suppress(KeyboardInterrupt):
-        changes.wait(changes.count, 0)
-    assert not changes._lock.locked()

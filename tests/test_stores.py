@@ -13,7 +13,6 @@ from collections import OrderedDict, namedtuple
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from itertools import count, cycle
-from types import SimpleNamespace
 from uuid import uuid4
 
 import pytest
@@ -26,7 +25,6 @@ from transaction.interfaces import NoTransaction, TransactionFailedError, Transi
 from ZODB.MappingStorage import MappingStorage
 from ZODB.POSException import ConflictError
 
-from pyramid_async import process
 from pyramid_async.conflicts import explain
 from pyramid_async.connections import Connections
 from pyramid_async.context import PersistentContext
@@ -1787,21 +1785,6 @@ def test_tree_of_a_key_is_the_same_in_every_process():
     root = JobRoot()
     trees = [[*map(id, root.keys)].index(id(root.key_tree(key))) for key in ("nightly", "é")]
     assert trees == [90, 62]
-
-
-def test_ids_are_drawn_from_the_source_for_secrets(monkeypatch):
-    """Whoever holds the id of an anonymous job sees the job."""
-    drawn = bytes(range(256)) * 4
-    monkeypatch.setattr(process, "_drawn", {})
-    monkeypatch.setattr(process.secrets, "token_bytes", lambda count: drawn[:count])
-    assert process.new_id() == drawn[:16].hex()
-
-
-def test_nobody_waits_in_a_lock_that_another_thread_holds():
-    held = [True, True, False]
-    lock = SimpleNamespace(locked=lambda: held.pop(0))
-    assert process.at_rest(lock) is lock
-    assert not held
 
 
 @pytest.mark.parametrize(
