@@ -10,11 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 import transaction
-import ZODB
 from persistent import Persistent
 from transaction.interfaces import NoTransaction
 from webapp import GATES, Barrier
-from ZODB.MappingStorage import MappingStorage
 
 from pyramid_async import current_job
 from pyramid_async.ram import RamStore
@@ -236,14 +234,6 @@ class Process:
 
     def stop(self):
         self.executor.stop(5)
-
-
-def memory():
-    """A database in memory, for a fixture; no files, so nothing to collect afterwards."""
-    database = ZODB.DB(MappingStorage())
-    yield database
-    transaction.abort()
-    database.close()
 
 
 def store_of(kind, db, clock=time.time):

@@ -55,6 +55,8 @@ def db():
 def file_db(tmp_path):
     """A database in a file."""
     yield from closed_afterwards(ZODB.DB(FileStorage(str(tmp_path / "data.fs"))))
+    # Files left open are reported here, by the test that left them, and not by a later one.
+    gc.collect()
 
 
 def closed_afterwards(database):
@@ -62,8 +64,6 @@ def closed_afterwards(database):
     # A test that failed half-way may have left connections in the thread's transaction.
     transaction.abort()
     database.close()
-    # Files left open are reported here, by the test that left them, and not by a later one.
-    gc.collect()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import types
 from uuid import uuid4
 
 import pytest
-from bare import CALLS, ROOT, Foreign, Newer, Process, memory
+from bare import CALLS, ROOT, Foreign, Newer, Process
 from persistent import Persistent
 from transaction.interfaces import TransientError
 from webapp import browser, echo
@@ -49,11 +49,6 @@ MALFORMED = [
     "１２" * 16,
 ]
 NO_TEXT = [None, 0, 1.5, b"00" * 16, (), Ellipsis]
-
-
-@pytest.fixture
-def db():
-    yield from memory()
 
 
 def note(key, *values):

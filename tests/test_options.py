@@ -250,6 +250,20 @@ def test_an_attempt_goes_on_from_the_cursor_of_the_last_checkpoint(system, wait_
     assert list(system.root["log"]) == [0, 1, 2, 3]
 
 
+def dismissed_at_work(system, f, wait_for):
+    """Return the sid of a job that was dismissed while it ran, when it has ended."""
+    sid = system.scheduler.schedule(f, system.root["log"])
+    system.commit()
+    wait_for(stage.reached)
+    transaction.begin()
+    assert system.scheduler.cancel(sid)
+    system.commit()
+    stage.go.set()
+    wait_for(lambda: not system.worker.running)
+    transaction.begin()
+    return sid
+
+
 def checkpoint_then_hold(log):
     log["part"] = 1
     current_job().checkpoint("half")
@@ -259,15 +273,7 @@ def checkpoint_then_hold(log):
 
 
 def test_a_dismissed_job_keeps_what_a_checkpoint_committed_and_nothing_later(system, wait_for):
-    sid = system.scheduler.schedule(checkpoint_then_hold, system.root["log"])
-    system.commit()
-    wait_for(stage.reached)
-    transaction.begin()
-    assert system.scheduler.cancel(sid)
-    system.commit()
-    stage.go.set()
-    wait_for(lambda: not system.worker.running)
-    transaction.begin()
+    sid = dismissed_at_work(system, checkpoint_then_hold, wait_for)
     assert list(system.root["log"]) == ["part"]
     assert system.scheduler.status(sid).status == "dismissed"
 
@@ -280,15 +286,7 @@ def hold_then_checkpoint(log):
 
 
 def test_a_checkpoint_of_a_dismissed_job_does_not_commit(system, wait_for):
-    sid = system.scheduler.schedule(hold_then_checkpoint, system.root["log"])
-    system.commit()
-    wait_for(stage.reached)
-    transaction.begin()
-    assert system.scheduler.cancel(sid)
-    system.commit()
-    stage.go.set()
-    wait_for(lambda: not system.worker.running)
-    transaction.begin()
+    dismissed_at_work(system, hold_then_checkpoint, wait_for)
     assert list(system.root["log"]) == []
 
 

@@ -22,7 +22,6 @@ from bare import (
     Process,
     Shared,
     check_until_told,
-    memory,
     process,
     store_of,
     together,
@@ -48,11 +47,6 @@ from pyramid_async.worker import Worker
 from pyramid_async.zodb import BATCH, HAUNTED, ZodbStore, ZodbTable
 
 LEASE = 60.0
-
-
-@pytest.fixture
-def db():
-    yield from memory()
 
 
 def note(key, value=None):

@@ -11,7 +11,7 @@ from contextlib import suppress
 import pytest
 import transaction
 import ZODB
-from bare import Clock, LosesReply, memory
+from bare import Clock, LosesReply
 from BTrees.OOBTree import OOBTree
 from persistent import Persistent
 from transaction.interfaces import TransactionFailedError
@@ -135,11 +135,6 @@ class Setting:
         self.scheduler.stop()
         transaction.abort()
         self.connection.close()
-
-
-@pytest.fixture
-def db():
-    yield from memory()
 
 
 @pytest.fixture(params=["ram", "persistent"])

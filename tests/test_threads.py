@@ -25,7 +25,6 @@ from bare import (
     Process,
     Shared,
     check_until_told,
-    memory,
     note,
     process,
     store_of,
@@ -51,11 +50,6 @@ from pyramid_async.threads import exit_on_sigterm, stop_all, stop_together
 from pyramid_async.transactional import pending
 from pyramid_async.worker import Worker
 from pyramid_async.zodb import OpenedBeforeFork
-
-
-@pytest.fixture
-def db():
-    yield from memory()
 
 
 def count_at_gate(root, name, key):

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import transaction
 import ZODB
-from bare import CALLS, ROOT, Clock, LosesReply, Process, memory, note, process, together
+from bare import CALLS, ROOT, Clock, LosesReply, Process, note, process, together
 from persistent import Persistent
 from persistent.mapping import PersistentMapping
 from transaction.interfaces import TransientError
@@ -50,11 +50,6 @@ OWN = {}  # key of a test -> the process whose scheduler its jobs use
 def key(key):
     yield key
     OWN.pop(key, None)
-
-
-@pytest.fixture
-def db():
-    yield from memory()
 
 
 @pytest.fixture
