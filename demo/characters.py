@@ -83,6 +83,8 @@ def index_characters(index: Characters, pause: float = 0.2) -> dict[str, int]:
     and what is committed can be searched meanwhile.
     """
     job = current_job()
+    # When an operator has a failed job run again, that is another one than the request knew.
+    index.sid = job.sid or index.sid
     if job.cursor is None:
         index.clear()
     run = index.parts[-1].run + 1 if index.parts else 1

@@ -311,14 +311,35 @@ def test_import_that_is_retried_after_another_one_is_refused(client, monkeypatch
     assert "2 rows" in text_of(client.get(dataset.request.path))
 
 
+def test_index_whose_job_is_retried_is_shown_as_it_is_built(
+    client,
+    interrupted,
+    monkeypatch,
+    wait_for,
+):
+    reached, _ = interrupted
+    with monkeypatch.context() as patch:
+        patch.setattr(characters, "parts_from", None)
+        failed = client.finished(client.press(client.get("/characters"), "/characters/index"))
+    again = retry(client, failed)
+    wait_for(reached)
+    assert client.get("/characters").html.find("async-job")["src"] == f"/async/{again}"
+
+
 def retried(client, page):
     """Let an operator retry the job of a page; return the page of the new one in the end."""
+    again = retry(client, page)
+    assert client.get(f"/async/{again}?wait=20").json["done"]
+    return client.get(f"/jobs/{again}")
+
+
+def retry(client, page):
+    """Let an operator retry the job of a page; return the sid of the new one."""
     sid = client.url_of(page).rpartition("/")[2]
     scheduler = client.app.registry.getUtility(IScheduler)
     again = scheduler.transact(lambda own: own.retry(sid))
     scheduler.executor.wake(True, again)
-    assert client.get(f"/async/{again}?wait=20").json["done"]
-    return client.get(f"/jobs/{again}")
+    return again
 
 
 def test_role_cannot_be_forged(client):
