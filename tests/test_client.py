@@ -91,7 +91,14 @@ def test_client_that_has_it_gets_304(client, versioned, named):
     assert again.body == b""
     assert again.headers["Cache-Control"] == first.headers["Cache-Control"]
     assert again.headers["Access-Control-Allow-Origin"] == webapp.ORIGIN
+    client.get(address, headers={"If-None-Match": "*"}, status=304)
     client.get(address, headers={"If-None-Match": '"another"'}, status=200)
+
+
+@pytest.mark.parametrize("part", ["bytes=0-9", "bytes=99999999-"])
+def test_there_are_no_parts_of_it_nor_errors_to_keep_for_ever(client, versioned, part):
+    response = client.get(versioned, headers={"Range": part}, status=200)
+    assert response.body == (STATIC / "client.js").read_bytes()
 
 
 def test_pages_of_listed_origins_may_import_it(client, versioned):
