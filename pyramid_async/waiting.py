@@ -22,7 +22,11 @@ LOOK = 0.5
 _KEY = "pyramid_async.slots"
 # Key of the environ: the id of the request whose transaction it is.
 _OWNER = "pyramid_async.transaction"
-_PREFER_WAIT = re.compile(r'(?:^|,)\s*wait\s*=\s*("?)([0-9]+)\1\s*(?=[;,]|$)', re.IGNORECASE)
+# A comma inside of quotes ends no preference.
+_PREFER_WAIT = re.compile(
+    r'(?:(?:[^",]|"(?:[^"\\]|\\.)*")*,)*?\s*wait\s*=\s*("?)([0-9]+)\1\s*(?=[;,]|$)',
+    re.IGNORECASE,
+)
 
 
 class Slots:
@@ -58,7 +62,7 @@ def wanted(request: Any) -> int:
         asked = [digits(text) for text in parameters(request, "wait")]
     except ValueError:
         raise problem(400, detail="wait must be a whole number of seconds") from None
-    preferred = _PREFER_WAIT.search(request.headers.get("Prefer", ""))
+    preferred = _PREFER_WAIT.match(request.headers.get("Prefer", ""))
     return digits(preferred[2]) if preferred else (asked or [0])[0]
 
 

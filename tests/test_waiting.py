@@ -332,6 +332,8 @@ def test_finished_and_unknown_jobs_are_not_waited_for(web):
         ("", {"Prefer": "nowait=10"}),
         ("", {"Prefer": "x; wait=10"}),
         ("", {"Prefer": 'wait="10'}),
+        ("", {"Prefer": 'x="a, wait=10, b"'}),
+        ("", {"Prefer": r'x="a\", wait=10, b"'}),
     ],
 )
 def test_who_does_not_ask_to_wait_is_not_held(at_gate, query, headers):
