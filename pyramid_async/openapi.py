@@ -126,7 +126,7 @@ WAIT = [
         "wait",
         "Hold the answer for this many seconds at most, until there is news: without"
         " `If-None-Match` until the job is done, with it until the document is another one."
-        " Cut to the server's limit; not granted when too many wait.",
+        " Cut to the server's limit; not granted to HEAD, nor when too many wait.",
         {"type": "integer", "minimum": 0},
     ),
     header("Prefer", "`wait=N`, as the parameter `wait`; wins over it."),
@@ -204,7 +204,10 @@ OPERATIONS: dict[tuple[str, str], dict[str, Any]] = {
                 "headers": headers("Preference-Applied", "Content-Disposition"),
                 "content": {JSON: {}, "*/*": {}},
             },
-            "204": nothing("The job succeeded and gave nothing.", "Preference-Applied"),
+            "204": nothing(
+                "The job succeeded and gave nothing, or nothing that JSON can say.",
+                "Preference-Applied",
+            ),
             "400": BAD,
             "404": refusal(
                 "No such job; or its result is not ready, then with `Retry-After`; or the job"
