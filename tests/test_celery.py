@@ -184,6 +184,14 @@ def test_bells_that_find_no_room_are_left_to_recovery(black_hole, monkeypatch):
         assert all(web.scheduler.transact(lambda s, sid=sid: s.status(sid)) for sid in sids)
 
 
+def test_requests_that_ring_for_the_last_room_at_once_make_no_more(broker):
+    ringer = Bells(broker, "queue", 1)
+    for _ in range(2):
+        ringer._waiting.put(Ring("a" * 32, "queue", BELL))  # each saw the room that was left
+    ringer.ring("b" * 32, None, BELL)
+    assert (ringer.room(), ringer._waiting.qsize()) == (0, 2)
+
+
 def test_the_message_carries_the_sid_alone(broker):
     with client(broker) as web:
         sid = sid_of(web.start(echo, "a secret"))

@@ -1485,6 +1485,21 @@ def test_thread_that_was_woken_sleeps_again(db):
         assert waits == [(True, 1.0), (False, 1.0)]
 
 
+def test_thread_sleeps_until_the_next_timer_and_no_longer(db):
+    clock, waits = Clock(), []
+    with process("zodb", db, clock=clock, monotonic=Clock(0.0)) as one:
+        recovery = one.recovery
+
+        def wait(timeout):
+            waits.append(timeout)
+            recovery._ended.set()
+
+        recovery.later(clock.now + 0.25, "0" * 32)
+        recovery._wake = SimpleNamespace(wait=wait, clear=lambda: None, set=lambda: None)
+        recovery._loop()
+        assert waits == [0.25]
+
+
 @pytest.mark.parametrize("kind", ["ram", "zodb"])
 def test_timers_of_dismissed_jobs_leave_room_for_others(kind, db, key):
     with process(kind, db) as one:
@@ -1548,7 +1563,7 @@ def test_timers_are_bounded(db, key):
         for number in range(5):
             one.recovery.later(1e12, f"{number:032x}")
             one.recovery.later(1e12, f"{number:032x}")
-        assert len(one.recovery.timed()) == 3
+        assert len(one.recovery.timed()) == len(one.recovery._timers) == 3
 
 
 # -- a process that is killed --------------------------------------------------------------
