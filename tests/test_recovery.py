@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1132,6 +1132,20 @@ def test_removal_by_another_process_reaches_the_running_job(machines, key, at):
     while not CALLS[key]:
         one.executor.threads[0].join(0.005)
     assert type(CALLS[key][0]) is JobTaken
+
+
+@pytest.mark.parametrize(("signature", "told"), [(None, False), ("ours", False), ("theirs", True)])
+def test_job_is_told_that_another_worker_has_claimed_it(signature, told, durable):
+    """And not where nobody claimed it, nor of its own claim."""
+    one = durable
+    sid = one.plant(note, "key")
+    one.record(sid, status="running", signature=signature)
+    one.worker.running[sid] = job = Job(sid)
+    job.signature, job.begun = "ours", True
+    one.recovery.tell()
+    one.worker.running.clear()
+    with pytest.raises(JobTaken) if told else nullcontext():
+        job.check()
 
 
 def test_sign_that_cannot_be_read_keeps_nothing_else_from_being_done(machines, key):
