@@ -118,7 +118,7 @@ class Recovery:
     # -- the thread
 
     def start(self) -> None:
-        if self._pid == os.getpid() or self._ended.is_set():
+        if self._pid == os.getpid():
             return
         thread = threading.Thread(target=self._loop, name="pyramid_async-recovery", daemon=True)
         thread.start()  # which may fail, and be tried again
@@ -136,11 +136,10 @@ class Recovery:
         """Wait for the end of the thread, *timeout* seconds at most."""
         self._ended.set()
         self._wake.set()
-        if self._thread is not None and self._pid == os.getpid():
+        if self._thread is not None:
             self._thread.join(timeout)
 
     def _loop(self) -> None:
-        self._next = dict.fromkeys(STEPS, 0.0)
         while not self._ended.is_set():
             self._take(*STEPS)
             pause = min(self._next.values()) - self.monotonic()
