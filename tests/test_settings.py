@@ -155,6 +155,36 @@ def test_bad_setting_stops_the_start_of_an_application(settings):
         config.commit()
 
 
+def test_settings_of_jobs_reach_those_who_run_them():
+    given = {
+        "workers": 3,
+        "max_pending": 17,
+        "conflict_attempts": 5,
+        "max_attempts": 6,
+        "heartbeat": 2.0,
+        "lease": 50.0,
+        "maintenance_interval": 4.0,
+        "result_timeout": 70.0,
+        "shutdown_timeout": 8.0,
+    }
+    config = Configurator(settings={f"async.{name}": value for name, value in given.items()})
+    config.include("pyramid_async")
+    config.commit()
+    executor = config.registry.getUtility(IScheduler).executor
+    assert executor.worker.store.max_pending == given["max_pending"]
+    assert given == {
+        "workers": executor.workers,
+        "max_pending": executor.max_pending,
+        "conflict_attempts": executor.worker.conflict_attempts,
+        "max_attempts": executor.worker.max_attempts,
+        "heartbeat": executor.recovery.heartbeat,
+        "lease": executor.recovery.lease,
+        "maintenance_interval": executor.recovery.interval,
+        "result_timeout": executor.worker.result_timeout,
+        "shutdown_timeout": executor.shutdown_timeout,
+    }
+
+
 @pytest.fixture(params=["commit", "autocommit"])
 def config(request):
     """A configurator that has carried out what it was told, with the jobs in RAM."""
