@@ -35,6 +35,7 @@ from pyramid_async.interfaces import NotRetriable
 from pyramid_async.jobs import Live
 from pyramid_async.manage import FINAL, UNFINISHED, BadCursor
 from pyramid_async.recovery import Sign
+from pyramid_async.scheduler import Caller
 from pyramid_async.transactional import transact
 from pyramid_async.zodb import HAUNTED, OVERDUE
 
@@ -434,6 +435,23 @@ def test_retried_job_belongs_to_the_same_user(web):
     new = manage.retry(web.scheduler, url[-32:])
     web.get(f"/async/{new}", status=404)
     assert web.done(f"/async/{new}", "alice")["status"] == "failed"
+
+
+def fail_once_and_tell_the_url(key):
+    fail_once(key)
+    return current_job().request.application_url
+
+
+def test_retried_job_has_the_operation_and_the_urls_of_the_failed_one(web, key):
+    caller = Caller(origin=("https", "shop.example", "/x"), operation="import")
+
+    def schedule(table):
+        return web.scheduler.bind(table.tm, caller).schedule(fail_once_and_tell_the_url, key)
+
+    sid = transact(web.scheduler.store, schedule)
+    web.done(f"/async/{sid}")
+    document = web.done(f"/async/{manage.retry(web.scheduler, sid)}")
+    assert (document["processID"], document["result"]) == ("import", "https://shop.example/x")
 
 
 def test_retried_job_goes_to_the_queue_of_the_failed_one_alone(web, key, monkeypatch):
