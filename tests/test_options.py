@@ -13,6 +13,7 @@ from transaction.interfaces import TransientError
 from ZODB.POSException import ConflictError, POSKeyError, ReadConflictError
 
 from pyramid_async import current_job
+from pyramid_async.attempt import Unreliable
 from pyramid_async.interfaces import NotSchedulable, SchedulerFull
 from pyramid_async.ram import RamStore
 from pyramid_async.scheduler import Scheduler
@@ -290,19 +291,20 @@ def test_a_checkpoint_of_a_dismissed_job_does_not_commit(system, wait_for):
     assert list(system.root["log"]) == []
 
 
-def test_conflicts_are_counted_anew_after_a_checkpoint(system, wait_for):
+@pytest.mark.parametrize("error", [ConflictError, Unreliable])
+def test_what_may_pass_is_counted_anew_after_a_checkpoint(system, wait_for, error):
     system.worker.conflict_attempts = 2
-    sid = system.scheduler.schedule(conflict_once_a_step, system.root["log"])
+    sid = system.scheduler.schedule(fail_once_a_step, system.root["log"], error)
     system.commit()
     assert system.finished(sid, wait_for).status == "successful"
 
 
-def conflict_once_a_step(log):
+def fail_once_a_step(log, error):
     job = current_job()
     for number in range(job.cursor or 0, 4):
         if stage.calls.count(number) == 0:
             stage.calls.append(number)
-            raise ConflictError("injected")
+            raise error("injected")
         job.checkpoint(number + 1)
 
 
