@@ -16,7 +16,7 @@ from pyramid_async import current_job
 from pyramid_async.attempt import Unreliable
 from pyramid_async.interfaces import NotSchedulable, SchedulerFull
 from pyramid_async.ram import RamStore
-from pyramid_async.scheduler import Scheduler
+from pyramid_async.scheduler import Caller, Scheduler
 from pyramid_async.standalone import executor_for
 from pyramid_async.worker import Worker
 from pyramid_async.zodb import ZodbStore
@@ -306,6 +306,22 @@ def fail_once_a_step(log, error):
             stage.calls.append(number)
             raise error("injected")
         job.checkpoint(number + 1)
+
+
+def note_the_transaction(log):
+    job = current_job()
+    for place in ("first", "second"):
+        txn = transaction.get()
+        stage.calls.append((txn.user, txn.description, txn.extension["pyramid_async"]))
+        job.checkpoint(place)
+
+
+def test_each_transaction_between_checkpoints_tells_whose_job_it_is(system, wait_for):
+    scheduler = system.scheduler.bind(None, Caller(owner="ann"))
+    sid = scheduler.schedule(note_the_transaction, system.root["log"])
+    system.commit()
+    assert system.finished(sid, wait_for).status == "successful"
+    assert stage.calls == [("ann", f"job {sid}", sid)] * 2
 
 
 # -- conflicts and reads that fail
