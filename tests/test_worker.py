@@ -87,6 +87,12 @@ def count(root, key):
     return root["n"]
 
 
+def note_deadline_and_conflict(key):
+    note(key, current_job().deadline)
+    if len(CALLS[key]) == 1:
+        raise ConflictError
+
+
 def count_and_lose_the_reply(root, key, error):
     transaction.get().join(LosesReply(error()))
     return count(root, key)
@@ -405,6 +411,12 @@ def test_conflicts_are_no_attempts(one, key, pauses):
     sid = one.run(conflict, key, 3)
     assert CALLS[key] == [1, 1, 1, 1]
     assert one.status(sid).attempts == 1
+
+
+def test_time_that_a_job_has_does_not_begin_anew_after_a_conflict(one, key):
+    one.run(note_deadline_and_conflict, key, timeout=600)
+    first, second = CALLS[key]
+    assert first == second
 
 
 def test_job_fails_when_conflicts_go_on(one, key, pauses):
