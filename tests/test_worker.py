@@ -222,6 +222,11 @@ def stop_once(key):
         raise JobStopped("the process stops")
 
 
+def stop_half_way():
+    current_job().progress(1, 2)
+    raise JobStopped("the process stops")
+
+
 def progress_of_attempts(key, *percents):
     percent = percents[current_job().attempt - 1]
     CALLS[key].append(percent)
@@ -1616,6 +1621,13 @@ def test_progress_is_kept_by_a_dismissal(one, at):
         assert one.cancel(sid)
         assert one.status(sid).progress == 75
     assert one.status(sid).progress == 75
+
+
+def test_progress_is_kept_by_an_attempt_that_is_given_back(one):
+    sid = one.run(stop_half_way)
+    status = one.status(sid)
+    assert (status.status, status.progress) == ("accepted", 50)
+    assert status.updated > status.created
 
 
 def test_reason_names_the_worker_and_its_last_sign_of_life(durable, key):
