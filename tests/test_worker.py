@@ -633,6 +633,13 @@ def test_who_waits_for_a_change_is_told_when_a_job_ends(one):
     assert one.worker.changes.count > seen
 
 
+def test_who_waits_for_a_change_is_told_when_a_job_is_dismissed_before_it_began(one):
+    sid = one.schedule(give, 1)
+    seen = one.worker.changes.count
+    one.cancel(sid)
+    assert one.worker.changes.count > seen
+
+
 def test_failed_job_leaves_no_transaction_to_who_ran_it(one, key):
     one.run(mark_and_raise, ROOT, key, ZeroDivisionError)
     assert transaction.manager.manager._txn is None
