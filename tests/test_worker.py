@@ -1213,6 +1213,7 @@ def test_lost_reply_to_the_commit_of_a_retry_makes_the_job_wait_all_the_same(
     sid = durable.run(mark_and_raise, ROOT, key, KeyError, retry_on=KeyError)
     assert len(recorded) == 2
     assert waits == [(durable.record(sid)["run_after"], sid)]
+    assert durable.status(sid).attempts == 1
 
 
 # -- dismissal -----------------------------------------------------------------------------
