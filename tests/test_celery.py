@@ -172,6 +172,11 @@ def test_leaving_does_not_wait_for_a_black_hole(black_hole, monkeypatch):
         assert time.monotonic() - begun < 30
 
 
+def test_a_stop_takes_the_time_of_the_setting(broker):
+    with client(broker, **{"async.shutdown_timeout": "7"}) as web:
+        assert web.scheduler.executor.shutdown_timeout == 7.0
+
+
 def test_bells_that_find_no_room_are_left_to_recovery(black_hole, monkeypatch):
     monkeypatch.setattr(bells, "BROKER_TIMEOUT", 60.0)
     settings = {"async.max_pending": "2"}
