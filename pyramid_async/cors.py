@@ -85,6 +85,7 @@ class Policy:
         if not self.allows(origin):
             return False
         response.headers["Access-Control-Allow-Origin"] = "*" if "*" in self.origins else origin
+        response.headers["Access-Control-Expose-Headers"] = EXPOSED
         if self.credentials:
             response.headers["Access-Control-Allow-Credentials"] = "true"
         return True
@@ -170,8 +171,8 @@ class Tween:
             return
         if route.name.startswith(OWN):
             protect(response, store=route.name == PUBLIC and response.status_code in (200, 304))
-        if route.name in self.routes and self.policy.mark(response, request.headers.get("Origin")):
-            response.headers["Access-Control-Expose-Headers"] = EXPOSED
+        if route.name in self.routes:
+            self.policy.mark(response, request.headers.get("Origin"))
 
 
 def protect(response: Any, store: bool = False) -> None:
