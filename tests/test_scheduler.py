@@ -1384,8 +1384,8 @@ def test_timeout_ends_the_job_as_failed_at_its_next_check(web, key, at):
 # -- jobs that do something with their transaction -------------------------------------------
 
 
-def half_read(key, database, by_oid):
-    """Swallow an error of the first load, and commit what came of it."""
+def half_read(key, database, by_oid, fails):
+    """Swallow an error of the first load, and commit what came of it, or fail over it."""
     request = current_job().request
     primary = get_connection(request)
     connection = primary.get_connection(database)
@@ -1403,6 +1403,8 @@ def half_read(key, database, by_oid):
         read = "half of the truth"
     finally:
         vars(connection._storage).pop("load", None)
+    if fails and read != "thing":
+        raise ValueError(read)
     primary.root()["read"] = read
 
 
@@ -1411,12 +1413,13 @@ def refuse_to_load(key, oid):
     raise ReadConflictError
 
 
+@pytest.mark.parametrize("fails", [False, True], ids=["commits", "fails"])
 @pytest.mark.parametrize("by_oid", [False, True], ids=["state", "oid"])
 @pytest.mark.parametrize("database", ["", "other"])
 @everywhere("two ZODBs, explicit, retry", "two ZODBs, default, once")
-def test_job_that_swallowed_a_failed_load_is_repeated(web, key, database, by_oid):
+def test_job_that_swallowed_a_failed_load_is_repeated(web, key, database, by_oid, fails):
     web.make(database=database)
-    web.run(half_read, key, database, by_oid)
+    web.run(half_read, key, database, by_oid, fails)
     assert CALLS[key] == ["called", "refused", "called"]
     assert web.read(lambda root: root["read"]) == "thing"
 
