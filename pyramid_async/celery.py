@@ -48,7 +48,7 @@ from .bells import AGAIN, BELL, Bells, app, transport
 from .consumer import listen, take_bells_alone
 from .hints import Hints
 from .interfaces import IExecutor, IExecutorFactory, IScheduler
-from .jobs import FRESH
+from .jobs import FRESH, UNHELD
 from .prefork import Signals
 from .settings import read_settings
 from .transactional import transact
@@ -168,12 +168,12 @@ class CeleryExecutor:
         except Exception:
             log.exception("the bell for job %r was not rung; recovery will ring it", sid)
 
-    def put(self, sid: str, seen: int | None, queue: str | None = None) -> None:
+    def put(self, sid: str, seen: int, queue: str | None = None) -> None:
         """See IExecutor: free the record of a lost job, and ring for it.
 
         Several processes may do so at once, so whoever answers claims the job first.
         """
-        if seen is None:
+        if seen == UNHELD:
             if not self.bells.rung(sid):
                 self._ring(sid, queue, AGAIN, self.recovery.unbegun, self.recovery.viewed)
         elif seen == FRESH:
@@ -227,7 +227,7 @@ class CeleryExecutor:
     def _run(self, sid: str, again: bool) -> bool:
         try:
             with signals_of_celery.during(self.worker, sid):
-                return self.worker.run(sid, None if again else FRESH)
+                return self.worker.run(sid, UNHELD if again else FRESH)
         finally:
             # Where a job has another manager, what it left in this one would be the next job's.
             end_transaction(transaction.manager)

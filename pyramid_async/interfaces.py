@@ -398,7 +398,7 @@ class IExecutor(Interface):
         tells whether to hurry.  After a lost reply it is False although the job exists.
         """
 
-    def put(sid: str, seen: int | None, queue: str | None = None) -> None:
+    def put(sid: str, seen: int, queue: str | None = None) -> None:
         """Have the job run; called by recovery, *seen* as in `~.worker.Worker.run`."""
 
     def room() -> int:

@@ -29,8 +29,9 @@ FINAL = tuple(status for status in STATUSES if not TRANSITIONS[status])
 UNFINISHED = tuple(status for status in STATUSES if TRANSITIONS[status])
 
 
-# In place of a job's revision: nobody can have begun it.
-FRESH = 0
+# How a job is taken, in place of the revision that its record had when it was judged lost.
+FRESH = 0  # without a claim: nobody can have begun it
+UNHELD = -1  # by a claim, unless somebody has it
 
 
 class Failure(NamedTuple):

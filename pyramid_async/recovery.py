@@ -18,7 +18,7 @@ from transaction.interfaces import TransientError
 from ZODB.POSException import ConflictError
 
 from .interfaces import JobTaken
-from .jobs import ACCEPTED, FRESH, JobRecord, Live
+from .jobs import ACCEPTED, FRESH, UNHELD, JobRecord, Live
 from .process import process_name, renew_in_children
 from .transactional import transact
 
@@ -424,7 +424,7 @@ class Recovery:
             # Not what waits for a worker, look after look, nor what we let go a moment ago.
             if holder not in (None, self.store.process):
                 log.info("job %r is taken up: %s", sid, table.last_seen(holder))
-            self.executor.put(sid, None if holder is None else record.revision, queue)
+            self.executor.put(sid, UNHELD if holder is None else record.revision, queue)
 
     def _lost(self, record: JobRecord, holder: str | None, table: Any) -> bool:
         if holder is None:

@@ -119,7 +119,7 @@ class ManualExecutor:
         )
         self.scheduled: list[Scheduled] = []  # what was committed, in this order
         self._scheduler = scheduler
-        self._waiting: dict[str, tuple[float, int | None]] = {}  # sid -> (when, seen)
+        self._waiting: dict[str, tuple[float, int]] = {}  # sid -> (when, seen)
         self._lock = threading.Lock()
         self._turn = threading.RLock()  # of the thread that runs jobs
         self._runs = False
@@ -211,7 +211,7 @@ class ManualExecutor:
             process_id=record.process_id,
         )
 
-    def put(self, sid: str, seen: int | None, queue: str | None = None) -> None:
+    def put(self, sid: str, seen: int, queue: str | None = None) -> None:
         """Let a job wait that recovery found; *seen* as in `Worker.run`."""
         with self._lock:
             self._waiting.setdefault(sid, (0.0, seen))
@@ -255,7 +255,7 @@ class ManualExecutor:
             finally:
                 self._runs = False
 
-    def _run(self, sid: str, seen: int | None) -> None:
+    def _run(self, sid: str, seen: int) -> None:
         try:
             self.worker.run(sid, seen)
         except BaseException as error:  # which met it in the pause after a conflict, say
@@ -276,7 +276,7 @@ class ManualExecutor:
         if error is not None:
             raise error
 
-    def _next(self) -> tuple[str, int | None] | None:
+    def _next(self) -> tuple[str, int] | None:
         with self._lock:
             sid = min(self._waiting, key=lambda sid: self._waiting[sid][0], default=None)
             if sid is None or self._waiting[sid][0] > self.store.clock():

@@ -75,7 +75,7 @@ class ThreadExecutor:
             # No thread can be started at exit, say.  The record tells recovery.
             log.exception("job %r could not be queued; recovery will find it", sid)
 
-    def put(self, sid: str, seen: int | None, queue: str | None = None) -> None:
+    def put(self, sid: str, seen: int, queue: str | None = None) -> None:
         """Queue a job; *seen* as in `Worker.run`."""
         if self._pid != os.getpid():
             self.start()  # nothing, once stopped

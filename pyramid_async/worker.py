@@ -25,6 +25,7 @@ from .jobs import (
     FRESH,
     RUNNING,
     SUCCESSFUL,
+    UNHELD,
     Failure,
     JobRecord,
     Live,
@@ -94,11 +95,11 @@ class Worker:
         """From whose queue jobs are run without a claim."""
         return self.store.process if self.keeps else None
 
-    def run(self, sid: str, seen: int | None = FRESH) -> bool:
+    def run(self, sid: str, seen: int = FRESH) -> bool:
         """Run the job if it is ours to run; never raise.
 
-        Unless it is fresh it is claimed first.  *seen*: the revision that its record had when
-        it was judged lost; None: take it if nobody has it.
+        *seen*: the revision that its record had when it was judged lost, or FRESH, or UNHELD.
+        Unless it is FRESH the job is claimed first.
 
         Returns False when the storage knows no such job.
         """
@@ -187,7 +188,7 @@ class Worker:
 
     # -- claim
 
-    def _claim(self, job: Job, seen: int | None) -> bool:
+    def _claim(self, job: Job, seen: int) -> bool:
         """Take over a job by writing its record; return False when somebody else has it."""
 
         def claim(table: Any) -> float | Failure | bool:
@@ -209,8 +210,8 @@ class Worker:
             self._tell_lost(job.sid, taken)
         return taken is True
 
-    def _may_claim(self, record: JobRecord, seen: int | None, table: Any) -> bool:
-        if seen is not None:
+    def _may_claim(self, record: JobRecord, seen: int, table: Any) -> bool:
+        if seen != UNHELD:
             return not record.done and record.revision == seen
         waits = record.status == ACCEPTED and record.holder in (None, self.store.process)
         # Whom it is seen to run by may be dead, but a lease decides about that.

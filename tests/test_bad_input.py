@@ -28,7 +28,7 @@ from pyramid_async.interfaces import (
     NotSchedulable,
     OperationFailed,
 )
-from pyramid_async.jobs import FINAL, JobRecord
+from pyramid_async.jobs import FINAL, UNHELD, JobRecord
 from pyramid_async.zodb import Large
 
 MALFORMED = [
@@ -134,7 +134,7 @@ def test_wake_up_with_a_malformed_sid_is_dropped(one, sid, key):
     one.executor.wake(True, sid)
     one.worker.run(sid)
     one.worker.run(sid, 1)
-    one.worker.run(sid, None)
+    one.worker.run(sid, UNHELD)
     assert one.db.lastTransaction() == before
     assert still_works(one, key)
 
@@ -398,7 +398,7 @@ def test_bad_record_is_an_error_for_its_own_id_alone(durable, key, bad, monkeypa
         durable.recovery.look()
     assert len(lines_about(caplog, f"{sid!r} cannot be read")) == 1
     durable.worker.run(sid)
-    durable.worker.run(sid, None)
+    durable.worker.run(sid, UNHELD)
     durable.recovery.tell()
     listed = [job.sid for job in durable.ask(lambda scheduler: scheduler.jobs())]
     assert good in listed
@@ -522,7 +522,7 @@ def test_what_ends_a_job_forges_no_line_of_the_log(one, kind, caplog, monkeypatc
 def test_sid_forges_no_line_of_the_log(one, sid, caplog):
     caplog.set_level("DEBUG")
     one.executor.wake(True, sid)
-    one.worker.run(sid, None)
+    one.worker.run(sid, UNHELD)
     one.worker.run(sid, 1)
     one.ask(lambda scheduler: scheduler.cancel(sid))
     assert not any("\n" in line for line in headlines(caplog))

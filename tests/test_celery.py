@@ -60,7 +60,7 @@ from pyramid_async.bells import AGAIN, BELL, Bells, Ring, connect
 from pyramid_async.celery import bell
 from pyramid_async.consumer import take_bells_alone
 from pyramid_async.hints import Hints
-from pyramid_async.jobs import FRESH
+from pyramid_async.jobs import FRESH, UNHELD
 from pyramid_async.prefork import Signals, in_function
 from pyramid_async.settings import read_settings
 from pyramid_async.transactional import pending
@@ -523,7 +523,7 @@ def test_recovery_rings_again_where_the_queue_is_empty_and_not_where_bells_wait(
         sid = sid_of(web.start(echo))
         until(lambda: executor.bells._waiting.empty() and executor.bells._connection)
         executor.bells._rung.clear()
-        executor.put(sid, None)  # its bell still waits
+        executor.put(sid, UNHELD)  # its bell still waits
         executor.stop(5)
         assert len(messages(queue, broker)) == 1
         late = Bells(broker, queue, 10)
@@ -661,7 +661,7 @@ def test_recovery_does_not_ring_again_a_moment_later(broker):
         executor, queue = web.scheduler.executor, web.scheduler.settings["celery.queue"]
         sid = sid_of(web.start(echo))
         until(lambda: messages(queue, broker))
-        executor.put(sid, None)
+        executor.put(sid, UNHELD)
         executor.stop(5)
         assert messages(queue, broker) == []
 
@@ -907,7 +907,7 @@ def test_who_answers_may_skip_the_claim_of_none_but_a_new_job(found, broker):
     with client(broker) as web:
         executor, queue = web.scheduler.executor, web.scheduler.settings["celery.queue"]
         sid = web.scheduler.transact(lambda s: s.using(run_after=3600).schedule(echo))
-        seen = {"unheard of": None, "due": FRESH, "lost": 1}[found]
+        seen = {"unheard of": UNHELD, "due": FRESH, "lost": 1}[found]
         until(lambda: messages(queue, broker))  # which takes it away
         executor.bells._rung.clear()
         executor.put(sid, seen)

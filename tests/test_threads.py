@@ -38,7 +38,7 @@ from zope.interface.verify import verifyObject
 from pyramid_async import IScheduler, JobStopped, current_job
 from pyramid_async.attempt import Surroundings
 from pyramid_async.interfaces import IExecutor
-from pyramid_async.jobs import FRESH
+from pyramid_async.jobs import FRESH, UNHELD
 from pyramid_async.process import Exit
 from pyramid_async.scheduler import (
     Caller,
@@ -547,7 +547,7 @@ def test_jobs_that_wait_are_given_back_at_once_and_those_that_run_at_the_end(db,
     assert one.record(sid).get("attempts", 0) == 0
     assert one.record(later).get("holder") is None
     other = Process(Shared(db), db)
-    other.worker.run(sid, None)
+    other.worker.run(sid, UNHELD)
     assert CALLS[key] == [None]
     for thread in one.executor.threads:
         thread.join(10)

@@ -38,7 +38,7 @@ from pyramid_async import (
 from pyramid_async.attempt import Attempt, Surroundings
 from pyramid_async.failures import TEXT_LIMIT, TRACEBACK_LIMIT, members
 from pyramid_async.interfaces import JobTaken, NotSchedulable
-from pyramid_async.jobs import ACCEPTED, RUNNING, Live
+from pyramid_async.jobs import ACCEPTED, RUNNING, UNHELD, Live
 from pyramid_async.recovery import Sign
 from pyramid_async.worker import LEFT_PAUSE, LONGEST_DELAY, LONGEST_PAUSE
 from pyramid_async.zodb import ZodbStore
@@ -621,7 +621,7 @@ def test_bell_of_a_job_that_was_dismissed_before_it_began_runs_nothing(one):
 def test_job_that_a_queue_of_this_process_takes_from_nobody_is_not_haunted(durable, key):
     sid = durable.schedule(count, ROOT, key)
     durable.record(sid, holder=None)
-    durable.worker.run(sid, None)
+    durable.worker.run(sid, UNHELD)
     assert durable.status(sid).status == "successful"
     with durable.transaction() as (table, _):
         assert not table.get(sid).haunted
@@ -1074,7 +1074,7 @@ def test_conflict_in_a_group_is_tried_again(one, key, pauses):
 def test_attempt_that_is_stopped_in_a_group_is_given_back(one, key):
     sid = one.run(raise_in_a_group, key, 1, JobStopped, "the process stops")
     assert (one.status(sid).status, one.record(sid).get("attempts", 0)) == (ACCEPTED, 0)
-    one.worker.run(sid, None)
+    one.worker.run(sid, UNHELD)
     assert (one.result(sid), CALLS[key]) == ((2, None), [1, 1])
 
 
@@ -1415,7 +1415,7 @@ def test_one_of_eight_who_answer_runs_the_job(one, key):
     sid = one.schedule(count, ROOT, key)
     one.record(sid, holder=None)
     others = contenders(one, 8)
-    together(*[lambda p=p: p.worker.run(sid, None) for p in others])
+    together(*[lambda p=p: p.worker.run(sid, UNHELD) for p in others])
     assert CALLS[key] == [1]
     assert one.root(lambda root: root["n"]) == 1
     assert one.status(sid).attempts == 1
@@ -1468,7 +1468,7 @@ def test_bell_for_what_waits_in_the_queue_of_a_process_changes_nothing(one, key)
 def test_bell_for_no_job_changes_nothing(one, sid):
     before = one.db.lastTransaction()
     assert not one.worker.run(sid)
-    assert not one.worker.run(sid, None)
+    assert not one.worker.run(sid, UNHELD)
     assert one.db.lastTransaction() == before
     assert one.told == []
 
@@ -1482,9 +1482,9 @@ def test_late_bell_for_a_job_that_ended_changes_nothing(one, key, end):
         one.worker.run(sid)
     calls, told = list(CALLS[key]), list(one.told)
     before = one.record(sid)
-    one.worker.run(sid, None)
+    one.worker.run(sid, UNHELD)
     one.worker.run(sid)
-    one.worker.run(sid, before.get("signature"))
+    one.worker.run(sid, one.revision(sid))
     assert (CALLS[key], one.told, one.record(sid)) == (calls, told, before)
     assert one.status(sid).status == end
 
@@ -1499,7 +1499,7 @@ def test_bell_for_a_job_that_is_not_due_makes_it_wait(one, key):
     before = one.record(sid, holder=None)
     waits = []
     one.worker.later = lambda when, sid: waits.append((when, sid))
-    one.worker.run(sid, None)
+    one.worker.run(sid, UNHELD)
     assert (CALLS[key], waits) == ([], [(before["run_after"], sid)])
     assert one.record(sid) == before  # nobody claimed it, and no attempt counts
 
@@ -1543,7 +1543,7 @@ def test_attempt_that_is_given_back_does_not_count(one, key):
     one.worker.run(sid)
     record = one.record(sid)
     assert (record["status"], record.get("attempts", 0), one.told) == (ACCEPTED, 0, [])
-    one.worker.run(sid, None)
+    one.worker.run(sid, UNHELD)
     assert CALLS[key] == [1, 1]
     assert one.status(sid).attempts == 1
 
@@ -1553,7 +1553,7 @@ def test_rescued_attempt_that_is_given_back_does_not_count(one, key):
     one.worker.run(sid, one.die(sid, attempts=1))
     record = one.record(sid)
     assert (record["status"], record["attempts"], record["holder"]) == (ACCEPTED, 1, None)
-    one.worker.run(sid, None)
+    one.worker.run(sid, UNHELD)
     assert CALLS[key] == [2, 2]
 
 
@@ -1759,7 +1759,7 @@ def test_what_a_later_bell_claims_the_attempt_of_the_first_one_cannot_commit(bel
         return Attempt(*args)
 
     other.worker.attempt = let_the_first_end
-    other.worker.run(sid, None)
+    other.worker.run(sid, UNHELD)
     assert bells.root(lambda root: root["n"]) == 1
     assert (bells.told, other.told) == ([], [(sid, "successful")])
 
@@ -1769,7 +1769,7 @@ def test_a_record_that_an_unclaimed_attempt_may_still_write_outlives_its_removal
     durable.worker.keeps = False
     first, later = durable.schedule(note, key), durable.schedule(note, key)
     durable.worker.run(first)
-    durable.worker.run(later, None)
+    durable.worker.run(later, UNHELD)
     assert "contested" not in durable.record(first)
     assert durable.record(later)["contested"]
 
@@ -1796,7 +1796,7 @@ def test_unclaimed_attempt_counts_when_its_job_is_freed(durable, key):
     list_attempt(durable, sid, signature="x", revision=1)
     assert durable.worker.free(sid, 1)
     assert (durable.status(sid).status, durable.status(sid).attempts) == (ACCEPTED, 1)
-    durable.worker.run(sid, None)
+    durable.worker.run(sid, UNHELD)
     assert (CALLS[key], durable.status(sid).attempts) == ([2], 2)
 
 
@@ -1804,7 +1804,7 @@ def test_bell_that_is_late_takes_no_job_from_who_is_seen_to_run_it(durable, key)
     durable.worker.keeps = False
     sid = durable.schedule(count, ROOT, key, max_attempts=1)
     list_attempt(durable, sid, signature="x", revision=1)
-    assert durable.worker.run(sid, None)
+    assert durable.worker.run(sid, UNHELD)
     assert (CALLS[key], durable.record(sid).get("attempts", 0)) == ([], 0)
     assert durable.status(sid).status == RUNNING
 
@@ -1812,7 +1812,7 @@ def test_bell_that_is_late_takes_no_job_from_who_is_seen_to_run_it(durable, key)
 def test_bell_takes_no_job_from_another_s_queue(one, key):
     sid = one.schedule(count, ROOT, key)
     one.record(sid, holder="another")
-    one.worker.run(sid, None)
+    one.worker.run(sid, UNHELD)
     assert CALLS[key] == []
 
 
@@ -1834,7 +1834,7 @@ def test_sign_of_an_attempt_that_was_given_back_shows_and_counts_nothing(durable
     assert CALLS[key] == [1]
     status = durable.status(sid)
     assert (status.status, status.attempts) == (ACCEPTED, 0)
-    durable.worker.run(sid, None)
+    durable.worker.run(sid, UNHELD)
     assert (CALLS[key], durable.status(sid).attempts) == ([1, 1], 1)
 
 
@@ -1860,7 +1860,7 @@ def test_wake_up_that_comes_twice_runs_the_job_once(one, key, at):
     sid = one.schedule(count_behind_gate, ROOT, key, at)
     with one.standing_at(at, sid):
         assert one.worker.run(sid)
-        assert one.worker.run(sid, None)
+        assert one.worker.run(sid, UNHELD)
     one.worker.run(sid)
     assert CALLS[key] == [1]
     assert one.told == [(sid, "successful")]
