@@ -30,7 +30,16 @@ from .interfaces import (
     JobTaken,
     OperationFailed,
 )
-from .jobs import ACCEPTED, DISMISSED, RUNNING, SUCCESSFUL, FileResult, JobRecord, name_of
+from .jobs import (
+    ACCEPTED,
+    DISMISSED,
+    RUNNING,
+    SUCCESSFUL,
+    Failure,
+    FileResult,
+    JobRecord,
+    name_of,
+)
 from .transactional import flush, manager_itself, mark, pending
 
 log = logging.getLogger(__name__)
@@ -143,31 +152,33 @@ class Attempt:
         self,
         job: Job,
         store: Any,
-        surroundings: Any,
         result_timeout: float,
         tell: Callable[[str, str], None],
     ) -> None:
         self.job = job
         self.store = store
-        self.surroundings = surroundings
         self.result_timeout = result_timeout
         self.tell = tell  # as in `Worker`; called before the function is called for the first time
+        self.since = time.monotonic()  # when it began
+        self.record_read = False
+        self.failure: Failure | None = None  # what is kept of what the function raised
         self.unread: Exception | None = None  # what a load of an object raised
         self._watched: list[Any] = []  # connections
         self._unwritten: list[Any] = []  # objects that changed where there was no transaction
 
-    def run(self) -> None:
+    def run(self, surroundings: Any) -> None:
         """Call the function and commit effects, result and status together.
 
         Raises NotOurs, NotDue, what the function raises, and what the commit raises.
         """
+        self.surroundings = surroundings
         try:
             record = self._begin()
             if record is None or not record.belongs_to(self.job.holder, self.job.signature):
                 raise NotOurs(record)
             if not self.job.begun and (record.run_after or 0.0) > self.store.clock():
                 raise NotDue(record.run_after)
-            self.job.record_read = True
+            self.record_read = True
             self.job.request = self.surroundings.prepare(record)
             self._watch(self.table.connection)
             value = self._call(record)
@@ -180,7 +191,7 @@ class Attempt:
             if passing is not None:
                 raise passing from error
             # Before the abort: its text may read objects, also those that the job has changed.
-            self.job.failure = failure_of(error)
+            self.failure = failure_of(error)
             raise
         finally:
             self._unwatch()

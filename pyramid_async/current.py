@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Any, ClassVar, TypeVar
 
 from .interfaces import JobInterrupted, JobTimeout
-from .jobs import Failure, Live
+from .jobs import Live
 from .process import new_id
 
 T = TypeVar("T")
@@ -39,7 +39,6 @@ class Job:
         self.clock = clock
         self.signature = new_id()
         self.begun = False  # the function was called
-        self.record_read = False  # by the present attempt
         self.revision: int | None = None  # of the record that the attempt read
         self.checkpoints = 0
         self.commit_checkpoint: Callable[[Any], None]  # of the present attempt
@@ -49,7 +48,6 @@ class Job:
         self.remaining: float | None = None
         self.ticks = 1  # visible changes: to run is one
         self.deadline: float | None = None  # monotonic
-        self.failure: Failure | None = None  # what is kept of what the function raised
         self._interrupt: JobInterrupted | None = None
         self.heard = False  # `check` has raised it
         self.ending = threading.Lock()  # held by who records and tells how the attempt ended

@@ -577,11 +577,13 @@ class _FaultyAttempt(Attempt):
         super().__init__(*args)
         self.plan = plan
         self.committing = "commit"
-        surroundings = self.surroundings
-        surroundings.prepare = partial(plan.around, "prepare", surroundings.prepare)
-        surroundings.end = partial(plan.ending, surroundings.end)
         for step in ("begin", "call", "succeed"):
             setattr(self, f"_{step}", partial(plan.around, step, getattr(self, f"_{step}")))
+
+    def run(self, surroundings: Any) -> None:
+        surroundings.prepare = partial(self.plan.around, "prepare", surroundings.prepare)
+        surroundings.end = partial(self.plan.ending, surroundings.end)
+        super().run(surroundings)
 
     def _checkpoint(self, cursor: Any) -> None:
         self.committing = "checkpoint"

@@ -265,30 +265,29 @@ class Worker:
 
     def _try(self, job: Job, conflicts: Conflicts) -> float | None:
         """Make one attempt; return the seconds until the next one, or None: there is none."""
-        begun = time.monotonic()
-        job.record_read = False
+        attempt = self.attempt(job, self.store, self.result_timeout, self.tell)
         try:
-            surroundings = self.surroundings()
-            attempt = self.attempt(job, self.store, surroundings, self.result_timeout, self.tell)
-            attempt.run()
+            attempt.run(self.surroundings())
         except BaseException as error:
-            return self._end(job, error, conflicts, time.monotonic() - begun)
-        return self._end(job, None, conflicts, 0.0)
+            return self._end(attempt, error, conflicts)
+        return self._end(attempt, None, conflicts)
 
     def _end(
-        self, job: Job, error: BaseException | None, conflicts: Conflicts, elapsed: float
+        self, attempt: Attempt, error: BaseException | None, conflicts: Conflicts
     ) -> float | None:
+        job = attempt.job
         with job.ending:
             if job.over:
                 return None  # `fail` has recorded and told it
-            pause = self._conclude(job, error, conflicts, elapsed)
+            pause = self._conclude(attempt, error, conflicts)
             job.over = pause is None
         return pause
 
     def _conclude(
-        self, job: Job, error: BaseException | None, conflicts: Conflicts, elapsed: float
+        self, attempt: Attempt, error: BaseException | None, conflicts: Conflicts
     ) -> float | None:
         """Record and tell how an attempt ended, or return the seconds until the next one."""
+        job = attempt.job
         match error:
             case None:
                 self.tell(job.sid, SUCCESSFUL)
@@ -297,9 +296,10 @@ class Worker:
             case NotDue():
                 self.later(error.args[0], job.sid)
             case TransientError():
+                elapsed = time.monotonic() - attempt.since
                 pause = conflicts.pause(job.checkpoints, elapsed, error)
                 if pause is None:
-                    self._after_last(job, error)
+                    self._after_last(attempt, error)
                 else:
                     why = self.store.explain(error)
                     log.info("job %r: again in %.2f s after %s", job.sid, pause, why)
@@ -312,18 +312,18 @@ class Worker:
             case JobStopped():
                 self._give_back(job, error)
             case _:
-                self._fail(job, error, job.failure)
+                self._fail(job, error, attempt.failure)
         return None
 
-    def _after_last(self, job: Job, error: TransientError) -> None:
+    def _after_last(self, attempt: Attempt, error: TransientError) -> None:
         """Fail a job that met too many conflicts."""
-        if not job.record_read:
+        if not attempt.record_read:
             # No fault of the job, which the storage did not even let begin.
-            self._give_back(job, error)
+            self._give_back(attempt.job, error)
         elif isinstance(error, Passing):
-            self._fail(job, error.__cause__ or error)
+            self._fail(attempt.job, error.__cause__ or error)
         else:
-            self._fail(job, error, failure_of(error, self.store.explain(error)))
+            self._fail(attempt.job, error, failure_of(error, self.store.explain(error)))
 
     def _give_back(self, job: Job, why: Any) -> None:
         log.info("job %r is given back: %r", job.sid, why)

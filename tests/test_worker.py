@@ -25,6 +25,7 @@ from ZODB.blob import Blob
 from ZODB.DemoStorage import DemoStorage
 from ZODB.POSException import ConflictError
 
+import pyramid_async.attempt
 import pyramid_async.worker
 from pyramid_async import (
     FileResult,
@@ -402,7 +403,8 @@ def pauses(monkeypatch):
 
     clock = SimpleNamespace(monotonic=monotonic, sleep=slept.append)
     monkeypatch.setattr(pyramid_async.worker, "random", SimpleNamespace(uniform=uniform))
-    monkeypatch.setattr(pyramid_async.worker, "time", clock)
+    for module in (pyramid_async.attempt, pyramid_async.worker):
+        monkeypatch.setattr(module, "time", clock)
     return fake
 
 
