@@ -35,21 +35,24 @@ class Job:
 
     def __init__(self, sid: str, holder: str | None = None, clock: Any = time.time) -> None:
         self.sid = sid
-        self.holder = holder  # from whose queue it is run without a claim: see `belongs_to`
         self.clock = clock
-        self.signature = new_id()
-        self.begun = False  # the function was called
-        self.revision: int | None = None  # of the record that the attempt read
-        self.checkpoints = 0
-        self.commit_checkpoint: Callable[[Any], None]  # of the present attempt
+        # What the function tells.
         self.started = self.changed = clock()
         self.percent: int | None = None
         self.message: str | None = None
         self.remaining: float | None = None
         self.ticks = 1  # visible changes: to run is one
+        self.checkpoints = 0
+        self.commit_checkpoint: Callable[[Any], None]  # of the present attempt
+        # What it is told.
         self.deadline: float | None = None  # monotonic
         self._interrupt: JobInterrupted | None = None
         self.heard = False  # `check` has raised it
+        # What the worker notes.
+        self.holder = holder  # from whose queue it is run without a claim: see `belongs_to`
+        self.signature = new_id()
+        self.begun = False  # the function was called
+        self.revision: int | None = None  # of the record that the attempt read
         self.ending = threading.Lock()  # held by who records and tells how the attempt ended
         self.over = False  # that was done
 
