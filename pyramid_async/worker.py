@@ -129,6 +129,7 @@ class Worker:
 
     def _remember(self, job: Job) -> None:
         if job.begun:
+            self.ended.pop(job.sid, None)  # else it would keep the place of an earlier attempt
             self.ended[job.sid] = job.live()
         if len(self.ended) > 2 * REMEMBERED:
             for sid in list(self.ended)[:REMEMBERED]:

@@ -1307,6 +1307,18 @@ def test_few_attempts_are_remembered(durable, monkeypatch):
     assert len(durable.worker.ended) <= 6
 
 
+def test_last_attempt_of_a_job_is_remembered_however_long_ago_the_first_one_was(
+    durable, key, monkeypatch
+):
+    monkeypatch.setattr(pyramid_async.worker, "REMEMBERED", 3)
+    sid = durable.run(stop_once, key)
+    for n in range(5):
+        durable.run(give, n)
+    durable.worker.run(sid, UNHELD)
+    durable.run(give, 5)
+    assert sid in durable.worker.ended
+
+
 def test_job_that_raises_jobdismissed_is_dismissed(one, key):
     sid = one.schedule(mark_and_raise, ROOT, key, JobDismissed)
     one.worker.run(sid)
