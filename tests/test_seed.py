@@ -88,6 +88,10 @@ def store_in(app, value):
     return app
 
 
+def store_through_a_connection_of_its_own(app, value):
+    app._p_jar.db().open().root()["app"].x = value
+
+
 def give(value):
     return value
 
@@ -567,6 +571,14 @@ def test_commit_that_we_refuse_is_not_made_by_who_commits_once_more(persistent, 
     transaction.abort()
     assert "first" not in persistent.root
     assert persistent.scheduler.completed(sid) is None
+
+
+def test_operation_may_open_a_connection_of_its_own(persistent, wait_for):
+    sid = persistent.scheduler.schedule(store_through_a_connection_of_its_own, persistent.app, 5)
+    transaction.commit()
+    persistent.ends(sid, wait_for)
+    assert persistent.scheduler.get_result(sid) == (None, None)
+    assert persistent.app.x == 5
 
 
 def test_two_persistent_schedulers_of_one_database_are_apart(persistent, wait_for):
