@@ -287,14 +287,14 @@ def add_operation(
     *f* may be a dotted name.  *permission*, on the root, is asked of whoever starts it by that
     name; without one anybody may.  *options* are those of `using`.  Two operations of one name
     are a configuration conflict.
-    Raises ConfigurationError for a name that nobody could call, and NotSchedulable for an option,
-    at once; NotSchedulable for a function when the action is carried out.
+    Raises ConfigurationError for a name that is empty or reserved, and NotSchedulable for an
+    option, at once; NotSchedulable for a function when the action is carried out.
     """
     if not isinstance(name, str) or not name or name.startswith(("async.", "rpc.")):
-        # JSON-RPC 2.0, section 4, keeps the second prefix for itself.
+        # The first prefix is that of our own methods; JSON-RPC 2.0, section 4, keeps the second.
         raise ConfigurationError(
-            f"add_operation: the name is {name!r}; allowed: a text that does not begin with async."
-            " or rpc."
+            f"add_operation: the name is {name!r}; allowed: a text that is not empty and does not"
+            " begin with async. or rpc."
         )
     f = config.maybe_dotted(f)
     check_options(options)  # refused now rather than at the first request
