@@ -1178,6 +1178,22 @@ def test_who_takes_a_key_that_a_rival_took_since_it_was_looked_at_conflicts(stor
     assert (status_in(store), status_in(store, OTHER)) == (None, ACCEPTED)
 
 
+def test_key_is_reserved_between_vote_and_finish(ram_store, monkeypatch):
+    monkeypatch.setattr("pyramid_async.ram.VOTE_TIMEOUT", 0.01)
+    with view(ram_store) as slow, view(ram_store) as quick:
+        for seen, sid in ((slow, SID), (quick, OTHER)):
+            seen.table.take_key("k", sid)
+            seen.add(sid, options={"key": "k"})
+
+        def commit_meanwhile():
+            with pytest.raises(ConflictError, match="key 'k' was taken"):
+                quick.commit()
+
+        slow.tm.get().join(Resource("tpc_vote", commit_meanwhile))
+        slow.commit()
+    assert (status_in(ram_store), status_in(ram_store, OTHER)) == (ACCEPTED, None)
+
+
 def test_key_whose_job_ends_while_another_takes_it_makes_no_conflict_in_ram(ram_store):
     add_keyed(ram_store, OTHER)
     with committed(ram_store) as seen:
