@@ -528,6 +528,17 @@ def test_sign_of_an_attempt_is_kept_by_a_process_that_has_no_room_for_its_job(ma
         assert read_signs(other) == {one.store.process: (1, {sid})}
 
 
+def test_no_sign_is_read_for_a_job_that_has_ended(machines, key, monkeypatch):
+    """Nobody holds it, so each list of ended jobs would read those of all processes."""
+    one, other = machines.process(), machines.process()
+    sid = one.schedule(note, key)
+    one.wait(sid)
+    asked = []
+    monkeypatch.setattr(ZodbTable, "signs", lambda table: asked.append(sid) or iter(()))
+    assert other.status(sid).status == "successful"
+    assert asked == []
+
+
 def test_what_was_given_back_waits_for_no_sign_to_age(machines, key):
     one, other = machines.process(), machines.process()
     sid = one.plant(note, key)
