@@ -971,6 +971,17 @@ def test_process_that_has_nothing_to_do_falls_silent_and_then_writes_nothing(mac
     assert one.db.lastTransaction() == before
 
 
+def test_sign_that_is_shown_again_after_a_silence_counts_on(machines):
+    """To who last saw it before that silence the same number would mean that it stood still."""
+    one = machines.process()
+    beats = []
+    for held in ({"job"}, set(), {"job"}, set()):
+        one.executor.held = held
+        one.recovery.beat()
+        beats += [beat for beat, _ in read_signs(one).values()]
+    assert beats == [1, 2]
+
+
 def test_no_sign_is_written_where_the_records_end_with_the_process(db, key):
     with process("ram", db, workers=1) as one, gate() as at:
         one.schedule(count_behind_gate, ROOT, key, at)
