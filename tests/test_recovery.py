@@ -1049,6 +1049,34 @@ def test_process_that_cannot_write_its_sign_for_a_lease_takes_no_more_jobs(
     one.wait(sid)
 
 
+def test_the_time_that_the_failure_of_a_sign_takes_counts(machines, key, at, monkeypatch):
+    one = machines.process()
+
+    def hang_and_fail(tm, connect=None):
+        machines.pass_time(LEASE + 1)
+        raise ConnectionError("no answer")
+
+    with frozen(one, key, at):
+        monkeypatch.setattr(one.store, "table", hang_and_fail)
+        with pytest.raises(ConnectionError):
+            one.recovery.beat()
+        assert one.executor.suspended
+        monkeypatch.undo()
+
+
+def test_job_that_waits_while_no_sign_can_be_written_is_not_begun(machines, key, at):
+    one = machines.process()
+    blocking = one.schedule(count_behind_gate, ROOT, key, at)
+    GATES[at].reach()
+    sid = one.schedule(note, key)
+    one.executor.suspended = True
+    GATES[at].opened.set()
+    one.wait(blocking)
+    while one.executor.held:
+        one.executor.threads[0].join(0.005)
+    assert (one.status(sid).status, CALLS[key]) == ("accepted", [1])
+
+
 @pytest.mark.parametrize("idle", [False, True])
 def test_process_waits_a_lease_from_its_last_sign_or_since_it_has_jobs(
     idle, machines, key, at, monkeypatch
