@@ -1262,7 +1262,10 @@ def test_finished_record_is_archived_a_minute_later_and_expires_in_its_time(db, 
         sid = one.run(note, key, "value")
         one.recovery.look()
         assert trees(one) == (1, 0, 0)
-        clock.now += ARCHIVE_AFTER
+        clock.now += ARCHIVE_AFTER - 1
+        one.recovery.look()
+        assert trees(one) == (1, 0, 0)
+        clock.now += 1
         one.recovery.look()
         assert trees(one) == (0, 1, 1)
         assert one.status(sid).status == "successful"
