@@ -707,6 +707,30 @@ class ReplyLost(TransientError):
 RETRIED = [name for name in ALL if name.endswith("retry")]
 
 
+class NotesTheBegin(Barrier):
+    """A data manager whose commit begins first, as that of a storage which takes its lock then."""
+
+    def __init__(self, key):
+        super().__init__(None, None, "!first")
+        self.key = key
+
+    def tpc_begin(self, txn):
+        CALLS[self.key].append("commit begins")
+
+
+def leave_it_to_a_session(key):
+    txn = current_job().request.tm.get()
+    txn.join(NotesTheBegin(key))
+    txn.join(SqlSession(lambda: CALLS[key].append("sent")))
+
+
+@everywhere("RAM beside ZODB, default, retry", "ZODB, explicit, retry")
+def test_session_of_a_job_sends_what_it_holds_before_the_commit_begins(web, key):
+    """It may wait for a row of a transaction that waits for the storage."""
+    web.wait(web.schedule(leave_it_to_a_session, key))
+    assert CALLS[key][0] == "sent"
+
+
 @everywhere(*RETRIED)
 def test_commit_whose_reply_is_lost_makes_one_job(web, key):
     left, sids = [2], []
