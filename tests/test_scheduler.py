@@ -751,6 +751,21 @@ def test_commit_whose_reply_is_lost_makes_one_job(web, key):
 
 
 @everywhere(*RETRIED)
+def test_job_of_a_commit_whose_reply_is_lost_is_woken_by_the_next_one(web, key, monkeypatch):
+    """An executor may wake nobody for what did not commit, as far as was heard."""
+    left, woken = [1], []
+
+    def schedule(request):
+        request.tm.get().join(LosesReply(ReplyLost(), left))
+        return request.scheduler.schedule(note, key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(web.executor, "wake", lambda *hook: woken.append(hook))
+        sid = web.do(schedule)
+    assert woken == [(False, sid, None), (True, sid, None)]
+
+
+@everywhere(*RETRIED)
 def test_job_beside_a_retry_is_one_job_when_the_reply_to_their_commit_is_lost(web, key):
     failed = web.schedule(fail)
     web.wait(failed)
