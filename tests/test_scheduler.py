@@ -1370,6 +1370,7 @@ BAD_OPTIONS = [
     dict(run_after=-1),
     dict(run_after=10**30),
     dict(run_after=datetime(2030, 1, 1)),  # of which time zone?
+    dict(run_after=datetime.min.replace(tzinfo=UTC)),
     dict(run_after=datetime.max.replace(tzinfo=UTC)),
     dict(key=""),
     dict(key=3),
