@@ -1030,6 +1030,16 @@ def test_dismissed_record_is_kept_for_a_day_whatever_its_time(zodb_store, clock)
             assert listed(seen.table.records()) == kept
 
 
+def test_dismissed_record_is_kept_longer_than_a_day_where_its_time_is_longer(zodb_store, clock):
+    add(zodb_store)
+    with committed(zodb_store) as seen:
+        finish(seen.get(), DISMISSED, keep=2 * HAUNTED)
+    zodb_store.archive([SID])
+    clock.now = NOW + HAUNTED + 120
+    zodb_store.expire(clock.now)
+    assert status_in(zodb_store) == DISMISSED
+
+
 def test_removed_record_that_is_kept_for_a_day_is_small(zodb_store):
     add(zodb_store, arguments="large", cursor="large")
     with committed(zodb_store) as seen:
