@@ -1406,6 +1406,16 @@ def test_promises_count_until_their_transaction_ends(clock):
         assert has_room(store)
 
 
+def test_child_has_the_room_that_was_promised_in_its_parent(clock):
+    """The parent's transactions end in the parent alone."""
+    store = RamStore(max_pending=2, clock=clock)
+    with view(store) as one:
+        one.add("00")
+        one.add("01")
+        store.renew()  # as in a child, once it is forked
+        assert has_room(store)
+
+
 def test_promise_ends_with_the_rollback_of_its_savepoint(clock):
     store = RamStore(max_pending=2, clock=clock)
     with view(store) as one:
