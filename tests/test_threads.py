@@ -511,6 +511,18 @@ def test_job_that_does_not_end_in_time_is_given_back_and_has_lost_no_attempt(db,
     assert (CALLS[key], one.told) == ([1, 1], [])
 
 
+def test_job_in_ram_that_does_not_end_in_time_keeps_what_it_does(db, key, at):
+    """Nobody else could run it."""
+    with process("ram", db, workers=1) as one:
+        sid = one.schedule(count_at_gate, ROOT, at, key)
+        GATES[at].reach()
+        one.executor.stop(0.01)
+        GATES[at].opened.set()
+        one.wait(sid)
+        assert one.status(sid).status == "successful"
+        assert one.root(lambda root: root["n"]) == 1
+
+
 def test_jobs_that_wait_are_not_begun_any_more_and_left_to_who_is_next(db, key, at):
     with process("zodb", db, workers=1) as one:
         one.schedule(behind_gate, at)
