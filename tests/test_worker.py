@@ -597,6 +597,13 @@ def test_job_that_was_freed_may_be_haunted(durable, key):
         assert table.get(sid).haunted
 
 
+def test_job_that_was_rescued_may_be_haunted(durable, key):
+    sid = durable.schedule(count, ROOT, key)
+    durable.worker.run(sid, durable.die(sid))
+    with durable.transaction() as (table, _):
+        assert table.get(sid).haunted
+
+
 def conflict_when_told(key):
     CALLS[key].append(current_job().attempt)
     current_job().interrupt(JobDismissed("meanwhile"))
