@@ -737,6 +737,23 @@ def remember_the_checkpoint(key):
     CALLS[key].append(current_job().checkpoint)
 
 
+def checkpoint_in_a_new_transaction(name, key):
+    GATES[name].pass_through()
+    transaction.abort()
+    try:
+        current_job().checkpoint("late")
+    except JobDismissed as error:
+        CALLS[key].append(type(error))
+        raise
+
+
+def test_checkpoint_of_a_job_that_is_another_workers_tells_so(one, key, at):
+    sid = one.schedule(checkpoint_in_a_new_transaction, at, key)
+    with one.standing_at(at, sid):
+        one.die(sid)
+    assert CALLS[key] == [JobTaken]
+
+
 def test_checkpoint_after_the_end_is_refused(one, key):
     one.run(remember_the_checkpoint, key)
     with pytest.raises(JobTaken, match="has ended"):
