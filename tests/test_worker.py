@@ -762,7 +762,7 @@ def test_checkpoint_after_the_end_is_refused(one, key):
 
 @pytest.mark.parametrize(
     ("conflicts", "errors", "status", "calls"),
-    [(5, 2, "successful", 8), (0, 3, "failed", 3), (5, 3, "failed", 8)],
+    [(5, 2, "successful", 8), (9, 2, "successful", 12), (0, 3, "failed", 3), (5, 3, "failed", 8)],
 )
 def test_conflicts_use_up_no_attempts_of_a_bad_storage(
     one, key, conflicts, errors, status, calls, pauses
