@@ -1014,7 +1014,11 @@ def in_group(error):
     return ExceptionGroup("outer", [ExceptionGroup("inner", [error])])
 
 
-@pytest.mark.parametrize("how", [Carrier, in_list, in_group])
+def in_context(error):
+    return ValueError("raised while the other was handled")
+
+
+@pytest.mark.parametrize("how", [Carrier, in_list, in_group, in_context])
 def test_exception_within_an_exception_keeps_no_frame_alive(one, key, how, unlogged):
     sid = one.run(fail_with_a_local, key, how)
     gc.collect()
