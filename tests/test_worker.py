@@ -1655,6 +1655,34 @@ def test_progress_never_falls(one, key):
     assert (one.status(sid).status, one.status(sid).progress) == ("failed", 60)
 
 
+def progress_and_wait(key, name, *percents):
+    percent = percents[current_job().attempt - 1]
+    current_job().progress(percent, 100)
+    if percent == max(percents):
+        raise KeyError
+    GATES[name].pass_through()
+
+
+def test_progress_does_not_fall_while_a_second_attempt_catches_up(one, key, at):
+    sid = one.schedule(progress_and_wait, key, at, 60, 20, retry_on=KeyError)
+    one.worker.run(sid)
+    one.record(sid, run_after=None)
+    one.worker.ended.clear()  # as in another process
+    with one.standing_at(at, sid):
+        assert (one.status(sid).status, one.status(sid).progress) == ("running", 60)
+
+
+def progress_and_dismiss_oneself(root, key):
+    current_job().progress(60, 100)
+    dismiss_oneself(root, key, None)
+
+
+def test_progress_of_a_job_that_dismisses_itself_is_kept(one, key):
+    OWN[key] = one
+    sid = one.run(progress_and_dismiss_oneself, ROOT, key)
+    assert (one.status(sid).status, one.status(sid).progress) == ("dismissed", 60)
+
+
 def test_progress_of_the_last_attempt_is_kept_too(one, key):
     sid = one.schedule(progress_of_attempts, key, 20, 60, retry_on=KeyError, max_attempts=2)
     one.worker.run(sid)
