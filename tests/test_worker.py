@@ -1516,7 +1516,7 @@ def test_bell_for_no_job_changes_nothing(one, sid):
 
 
 @pytest.mark.parametrize("end", ["successful", "failed", "dismissed"])
-def test_late_bell_for_a_job_that_ended_changes_nothing(one, key, end):
+def test_late_bell_for_a_job_that_ended_changes_nothing(one, key, end, caplog):
     sid = one.schedule(note if end != "failed" else fail, key)
     if end == "dismissed":
         one.cancel(sid)
@@ -1529,6 +1529,7 @@ def test_late_bell_for_a_job_that_ended_changes_nothing(one, key, end):
     one.worker.run(sid, one.revision(sid))
     assert (CALLS[key], one.told, one.record(sid)) == (calls, told, before)
     assert one.status(sid).status == end
+    assert "was left as it is" not in caplog.text  # as what nobody may claim is, after an error
 
 
 def fail(key):
