@@ -236,7 +236,7 @@ def test_package_that_includes_it_again_takes_no_operations_away(config):
     assert list(registry.getUtility(IScheduler).operations) == ["sqrt"]
 
 
-@pytest.mark.parametrize("name", ["", None, "async.status", "rpc.discover"])
+@pytest.mark.parametrize("name", ["", None, 7, "async.status", "rpc.discover"])
 def test_operation_whose_name_is_empty_or_reserved_stops_the_start(config, name):
     with pytest.raises(ConfigurationError, match="allowed: a text that is not empty and does not"):
         config.add_operation(name, math.sqrt)
