@@ -836,6 +836,7 @@ def test_first_use_of_a_persistent_scheduler_at_the_fork_does_not_hold_the_child
         """
         import os, signal, threading, transaction, ZODB
         from ZODB.MappingStorage import MappingStorage
+        from pyramid_async import standalone
         from pyramid_async.scheduler import PersistentTransactionalScheduler
 
         def use():
@@ -848,22 +849,20 @@ def test_first_use_of_a_persistent_scheduler_at_the_fork_does_not_hold_the_child
             connection.close()
             db.close()
 
-        def start_slowly(self, *args):
+        def start_slowly(*args):
             started.set()
             assert forked.wait(20)
-            return start(self, *args)
+            return start(*args)
 
-        start, started, forked = PersistentTransactionalScheduler._start, *[
-            threading.Event() for _ in range(2)
-        ]
-        PersistentTransactionalScheduler._start = start_slowly
+        start, started, forked = standalone._start, threading.Event(), threading.Event()
+        standalone._start = start_slowly
         thread = threading.Thread(target=use)
         thread.start()
         assert started.wait(20)
         child = os.fork()
         if child == 0:
             signal.alarm(10)
-            PersistentTransactionalScheduler._start = start
+            standalone._start = start
             use()
             os._exit(0)
         _, status = os.waitpid(child, 0)
