@@ -763,6 +763,19 @@ def test_rollback_restores_a_record_that_was_only_read_before(store):
     assert status_in(store) == ACCEPTED
 
 
+def test_who_still_has_a_record_that_was_rolled_back_does_not_read_its_change(store):
+    add(store)
+    add(store, OTHER)
+    with committed(store) as seen:
+        seen.get(OTHER).move(RUNNING, NOW)
+        savepoint = seen.tm.savepoint()
+        record = seen.get()
+        finish(record)
+        savepoint.rollback()
+        assert seen.get().status == ACCEPTED
+    assert status_in(store) == ACCEPTED
+
+
 def test_record_can_be_changed_after_a_rollback(store):
     add(store)
     with committed(store) as seen:
@@ -1243,6 +1256,16 @@ def test_key_is_not_taken_after_abort_or_rollback(store):
         seen.add(options={"key": "k"})
         seen.tm.abort()
     with view(store) as seen:
+        assert seen.table.keyed("k") is None
+
+
+def test_key_taken_after_a_savepoint_is_free_after_its_rollback(store):
+    with committed(store) as seen:
+        seen.add(OTHER)
+        savepoint = seen.tm.savepoint()
+        seen.table.take_key("k", SID)
+        seen.add(options={"key": "k"})
+        savepoint.rollback()
         assert seen.table.keyed("k") is None
 
 
