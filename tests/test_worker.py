@@ -1354,6 +1354,21 @@ def test_job_that_raises_jobdismissed_is_dismissed(one, key):
     assert one.root(lambda root: "marked" in root) is False
 
 
+def dismiss_half_way():
+    current_job().progress(50, 100)
+    raise JobDismissed
+
+
+def test_dismissal_of_a_job_by_itself_is_told_and_keeps_its_progress(one):
+    sid, told = one.schedule(dismiss_half_way), []
+    one.worker.notify = lambda sid, status: told.append((sid, status))
+    one.worker.run(sid)
+    status = one.status(sid)
+    assert told == [(sid, "running"), (sid, "dismissed")]
+    assert (status.status, status.progress) == ("dismissed", 50)
+    assert status.started is not None
+
+
 def test_job_dismissed_while_it_begins_to_commit_leaves_no_effects(one, key, at):
     """It has passed its last check; the record is the fence."""
     sid = one.schedule(count_and_commit_behind_gate, ROOT, key, at, "tpc_begin", "!first")
