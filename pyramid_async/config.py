@@ -53,6 +53,11 @@ def setup(config: Any) -> None:
     """Register the scheduler, ``request.scheduler``, the directives and the routes."""
     if config.registry.queryUtility(IScheduler) is not None:
         return  # included again after `config.commit`: another would not know the operations
+    if not set("{:*").isdisjoint(config.route_prefix or ""):
+        raise ConfigurationError(
+            f"the route_prefix {config.route_prefix!r} has a placeholder, whose value the links to"
+            " jobs could not know: include pyramid_async with a fixed prefix, or none"
+        )
     config.include("pyramid_tm")
     if config.registry.settings.get("async.executor") == "celery":
         config.include("pyramid_async.celery")

@@ -242,6 +242,13 @@ def test_operation_whose_name_is_empty_or_reserved_stops_the_start(config, name)
         config.add_operation(name, math.sqrt)
 
 
+@pytest.mark.parametrize("prefix", ["/{tenant}/jobs", "/:tenant/jobs", "/jobs*rest"])
+def test_prefix_with_a_placeholder_is_refused(prefix):
+    """Every URL of a job would be missing a value, each time a job is told."""
+    with pytest.raises(ConfigurationError, match="placeholder"):
+        Configurator().include("pyramid_async", route_prefix=prefix)
+
+
 @pytest.mark.parametrize("kind", [Worker, Recovery, ThreadExecutor, RamStore])
 def test_without_settings_the_defaults_are_the_same(kind):
     defaults = {setting.name: setting.default for setting in SETTINGS}
