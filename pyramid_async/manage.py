@@ -408,7 +408,7 @@ def cancel(scheduler: Any, sid: str, who: str | None = None) -> bool:
 def retry(scheduler: Any, sid: str, who: str | None = None) -> str:
     """Schedule a failed job again and return the new job's sid; see IScheduler."""
     new: str = scheduler.transact(lambda bound: bound.retry(sid))
-    log.info("job %r was scheduled again as %r by operator %r", sid, new, who)
+    log.info("operator %r had job %r scheduled again: it is %r", who, sid, new)
     return new
 
 
