@@ -34,6 +34,12 @@ from pyramid_async.zodb import ZodbStore
 ROUNDS = 5  # looks for lost jobs after which every job must have ended
 
 
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    """Who could not reach the database makes room for others, and there are none."""
+    monkeypatch.setattr("pyramid_async.worker.LEFT_PAUSE", 0.0)
+
+
 # -- what jobs do --------------------------------------------------------------------------
 
 
