@@ -353,11 +353,10 @@ class RamTable:
         self._added.add(record.sid)
         self.store.promise(id(self), record.sid)
         # Where an expired record still has the sid, it is replaced.
-        self._adopt(record, self.store.serial(record.sid))._p_changed = True
+        self.register(self._adopt(record, self.store.serial(record.sid)))
 
     def remove(self, record: JobRecord) -> None:
-        record._p_changed = True
-        self.register(record)  # again, where a savepoint took an earlier change back
+        self.register(record)
         self._removed.add(record.sid)
 
     def drop(self, sid: str) -> None:
