@@ -17,7 +17,7 @@ from transaction.interfaces import TransientError
 from .attempt import LASTING, Attempt, Gone, NotDue, NotOurs, Passing, Surroundings, Unreliable
 from .current import Job
 from .failures import failure_of, members
-from .interfaces import JobDismissed, JobFailed, JobInterrupted, JobStopped, JobTaken
+from .interfaces import JobDismissed, JobInterrupted, JobStopped, JobTaken
 from .jobs import (
     ACCEPTED,
     DISMISSED,
@@ -347,11 +347,10 @@ class Worker:
             self._log_failure(job, error, failure)
         record = partial(self._record_failure, job, error, failure)
         try:
-            status, again = transact(self.store, partial(record, error))
+            status, again = transact(self.store, partial(record, True))
         except LASTING:
             log.exception("the exception of job %r cannot be stored", job.sid)
-            stand_in = JobFailed(failure.class_name, failure.message)
-            status, again = transact(self.store, partial(record, stand_in))
+            status, again = transact(self.store, partial(record, False))
         if status != FAILED:
             log.info("job %r is %s", job.sid, status)
         if again is not None:
@@ -372,11 +371,11 @@ class Worker:
         )
 
     def _record_failure(
-        self, job: Job, error: BaseException, failure: Failure, kept: BaseException, table: Any
+        self, job: Job, error: BaseException, failure: Failure, keep: bool, table: Any
     ) -> tuple[str, float | None]:
         """Return the status that the job has now, and when it is to be tried again.
 
-        *kept*: what is stored as the exception.
+        *keep*: store the exception, where that can be done; else `failure` alone tells of it.
         """
         record = table.get(job.sid)
         if record is None:
@@ -396,7 +395,8 @@ class Worker:
             again = now + random.uniform(0, min(doubled(record.attempts), LONGEST_DELAY))
             record.retry(now, again, self.holder)
             return ACCEPTED, again
-        record.exception = self._storable(kept, failure, table)
+        if keep:
+            record.exception = self._storable(error, table)
         record.finish(FAILED, now, self.result_timeout)
         return FAILED, None
 
@@ -406,13 +406,13 @@ class Worker:
             class_name(kind) in chosen for one in members(error) for kind in type(one).__mro__
         )
 
-    def _storable(self, error: BaseException, failure: Failure, table: Any) -> Any:
+    def _storable(self, error: BaseException, table: Any) -> Any:
         try:
             return self.store.pack(error, table)
         except TransientError:
             raise
         except BaseException:
-            return self.store.pack(JobFailed(failure.class_name, failure.message), table)
+            return None
 
     # -- give back
 
