@@ -239,7 +239,7 @@ class ZodbStore:
 
     def expire(self, now: float, goes_on: Any = always) -> None:
         """Remove the archived records that expired."""
-        while transact(self, lambda table: table.expire_batch(now, BATCH)) == BATCH and goes_on():
+        while transact(self, lambda table: table.expire_batch(now)) == BATCH and goes_on():
             pass
 
 
@@ -433,9 +433,9 @@ class ZodbTable:
         if key is not None and self.keyed(key) == record.sid:
             del self.root.key_tree(key)[key]
 
-    def expire_batch(self, now: float, most: int) -> int:
-        """Remove up to *most* records whose minute has passed, or empty them; return how many."""
-        past = list(islice(self.root.expiry.items(max=(int(now // 60), "")), most))
+    def expire_batch(self, now: float) -> int:
+        """Remove a batch of records whose minute has passed, or empty them; return how many."""
+        past = list(islice(self.root.expiry.items(max=(int(now // 60), "")), BATCH))
         for (minute, sid), span in past:
             del self.root.expiry[minute, sid]
             if span is None:
@@ -516,7 +516,9 @@ class ZodbTable:
             for key, sid in tree.items():
                 if sid not in unfinished:
                     yield sid, f"is gone or finished, and its key {key!r} is not"
-        for _, sid in islice(self._overdue(), 1):
+        # In running processes that takes two looks at most.
+        overdue = self.root.expiry.keys(max=(int((self.clock() - OVERDUE) // 60), ""))
+        for _, sid in islice(overdue, 1):
             yield sid, "expired long ago, and nobody removed it: does any process run jobs?"
 
     def is_seen(self, sid: str) -> bool:
@@ -525,10 +527,6 @@ class ZodbTable:
             return self.get(sid) is not None
         except BadRecord:
             return True
-
-    def _overdue(self) -> Any:
-        # In running processes that takes two looks at most.
-        return self.root.expiry.keys(max=(int((self.clock() - OVERDUE) // 60), ""))
 
 
 def _sids(trees: Any) -> set[str]:
