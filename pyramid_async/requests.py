@@ -68,7 +68,6 @@ class RequestSurroundings(Surroundings):
         request.environ[OWNER] = record.owner
         # As `pyramid.scripting.prepare`, but for the class.
         registry = request.registry
-        self._depth = len(threadlocals.stack)
         threadlocals.push({"registry": registry, "request": request})
         extensions = registry.getUtility(IRequestExtensions)  # `scheduler` is one
         for name, method in extensions.methods.items():
