@@ -341,10 +341,9 @@ class Recovery:
 
     def hand_over(self) -> None:
         """Let another process of the pool wake the jobs that wait for their time here."""
-        if self.hints is not None:
-            others = self.hints.read().get("timers", [])
-            with self._lock:
-                self._write_hints([*others, *self._timers])
+        others = self.hints.read().get("timers", [])
+        with self._lock:
+            self._write_hints([*others, *self._timers])
 
     def _write_hints(self, timers: list[Any]) -> None:
         hints = {"at": self.monotonic(), "observed": self._observed, "timers": timers}
