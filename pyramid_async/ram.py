@@ -364,8 +364,7 @@ class RamTable:
         if record is not None:
             self.remove(record)
 
-    def forget(self, record: JobRecord) -> None:
-        self.remove(record)
+    forget = remove
 
     def is_removed(self, record: JobRecord) -> bool:
         # Not one that others collected, while they could: who collects it too must conflict.
@@ -400,17 +399,15 @@ class RamTable:
     def runner(self, record: JobRecord) -> None:
         """Return None: no other process runs what is in RAM."""
 
-    def live(self, record: JobRecord) -> None:
-        """Return None: no other process runs what is in RAM."""
+    live = runner
 
     def records(self) -> Iterator[tuple[str, JobRecord]]:
         return self._all(self.store.states)
 
-    def all_unfinished(self) -> Iterator[tuple[str, JobRecord]]:
-        return self.unfinished()
-
     def unfinished(self, after: str | None = None) -> Iterator[tuple[str, JobRecord]]:
         return self._all(self.store.pending, after)
+
+    all_unfinished = unfinished
 
     def ended(
         self, statuses: Any, before: tuple[float, str] | None = None
@@ -475,6 +472,8 @@ class RamTable:
             held.clear()
         self._joined = False
 
+    tpc_abort = abort
+
     def tpc_begin(self, txn: Any) -> None:
         pass
 
@@ -490,9 +489,6 @@ class RamTable:
             for sid, record in self._changed.items()
         }
         self.store.apply(states, self._keys, self._voted)
-        self.abort(txn)
-
-    def tpc_abort(self, txn: Any) -> None:
         self.abort(txn)
 
     def savepoint(self) -> _Savepoint:
