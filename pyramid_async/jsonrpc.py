@@ -190,7 +190,6 @@ class Methods:
     def __init__(self, request: Any) -> None:
         self.request = request
         self.scheduler = request.scheduler
-        self.operations = self.scheduler.operations
         self.read = 0  # bytes of results
 
     def call(self, name: str, params: Any) -> Any:
@@ -199,13 +198,13 @@ class Methods:
             method = getattr(self, self.own[name])
             args, kw = arguments(method, params)
             return method(*args, **kw)
-        if name in self.operations:
+        if name in self.scheduler.operations:
             return self.start(name, params)
         raise RpcError(METHOD_NOT_FOUND)
 
     def start(self, name: str, params: Any) -> dict[str, Any]:
         """Schedule an operation; return the document of its job."""
-        operation = self.operations[name]
+        operation = self.scheduler.operations[name]
         permission = operation.permission
         if permission and not self.request.has_permission(permission, root_of(self.request)):
             raise RpcError(FORBIDDEN)
