@@ -289,7 +289,10 @@ class IJobTable(Interface):
     tm = Attribute("The manager of this transaction.")
 
     def get(sid: str) -> Any:
-        """Return the `~pyramid_async.jobs.JobRecord`, or None when unknown or expired."""
+        """Return the `~pyramid_async.jobs.JobRecord`, or None when unknown or expired.
+
+        Raises `BadRecord`.
+        """
 
     def drop(sid: str) -> None:
         """Delete what is stored as the record of a job, if anything is, without reading it."""
@@ -307,7 +310,7 @@ class IJobTable(Interface):
         """Delete the record, and write it: the attempt that runs it must conflict."""
 
     def is_removed(record: Any) -> bool:
-        """Say whether this transaction has removed the record."""
+        """Say whether this transaction has removed the record, or it has expired."""
 
     def forget(record: Any) -> None:
         """Delete a finished record and all that lists it.
