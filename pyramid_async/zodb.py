@@ -100,10 +100,6 @@ class JobRoot(Persistent):
         return self.keys[crc32(key.encode()) % len(self.keys)]
 
 
-def always() -> bool:
-    return True
-
-
 def span_of(finished: float) -> int:
     """Return the span of a time: the later, the smaller."""
     return -int(finished // SPAN)
@@ -229,7 +225,7 @@ class ZodbStore:
 
     # -- maintenance: its own short transactions, so that no job's commit meets a bookkeeper
 
-    def archive(self, sids: list[str], goes_on: Any = always) -> None:
+    def archive(self, sids: list[str], goes_on: Any = lambda: True) -> None:
         """Move finished records out of ``unfinished`` and note when they expire."""
         for start in range(0, len(sids), BATCH):
             batch = sids[start : start + BATCH]
@@ -237,7 +233,7 @@ class ZodbStore:
             if not goes_on():
                 return
 
-    def expire(self, now: float, goes_on: Any = always) -> None:
+    def expire(self, now: float, goes_on: Any = lambda: True) -> None:
         """Remove the archived records that expired."""
         while transact(self, lambda table: table.expire_batch(now)) == BATCH and goes_on():
             pass
