@@ -269,7 +269,7 @@ class JobRecord(Persistent):
         if started is not None:
             self.started = started
 
-    def retry(self, now: float, run_after: float, holder: str | None) -> None:
+    def postpone(self, now: float, run_after: float, holder: str | None) -> None:
         """Let *holder*, or any process, run the job again, later."""
         self._open(now)
         self.run_after = run_after

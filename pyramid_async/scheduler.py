@@ -219,10 +219,10 @@ class Scheduler:
             return None
         if not record.done:
             return False
-        outcome = self._outcome(record, table)  # which may fail: then nobody has collected it
+        result = self._result(record, table)  # which may fail: then nobody has collected it
         # Not removed yet: the same transaction may ask again.
         self._tm_in_use().get().addBeforeCommitHook(self._collected, (record,))
-        return outcome
+        return result
 
     def _collected(self, record: JobRecord) -> None:
         table = self._table()
@@ -233,7 +233,7 @@ class Scheduler:
         if not table.is_removed(record):
             table.remove(record)
 
-    def _outcome(self, record: JobRecord, table: Any) -> tuple[Any, BaseException | None]:
+    def _result(self, record: JobRecord, table: Any) -> tuple[Any, BaseException | None]:
         if record.status == DISMISSED:
             return None, JobDismissed(f"job {record.sid!r} was dismissed")
         if record.status == FAILED:

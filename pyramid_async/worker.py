@@ -393,7 +393,7 @@ class Worker:
         record.reach(job.percent)
         if self._may_retry(record, error):
             again = now + random.uniform(0, min(doubled(record.attempts), LONGEST_DELAY))
-            record.retry(now, again, self.holder)
+            record.postpone(now, again, self.holder)
             return ACCEPTED, again
         if keep:
             record.exception = self._storable(error, table)
