@@ -146,7 +146,10 @@ class NotDue(Exception):
 
 
 class Attempt:
-    """One attempt; everything is read anew, so it finds what an earlier one committed."""
+    """One try; everything is read anew, so it finds what an earlier one committed.
+
+    The record counts those that follow one another after conflicts as one attempt.
+    """
 
     def __init__(
         self,

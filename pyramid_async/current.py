@@ -22,7 +22,7 @@ MESSAGE_LIMIT = 500
 
 
 class Job:
-    """One attempt at a job, from the inside.
+    """One attempt at a job, from the inside; it lasts while conflicts are tried again.
 
     The function's own thread calls the methods; other threads read the attributes, which are
     replaced and never changed in place, and call `interrupt`.  Nothing here but `checkpoint`

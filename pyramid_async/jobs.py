@@ -177,7 +177,7 @@ class JobRecord(Persistent):
     run_after: float | None = None  # not before this moment, seconds since the epoch
     holder: str | None = None  # the process that has it in its queue, or runs it
     signature: str | None = None  # of the attempt that claimed or finished it
-    attempts = 0  # that are known to have begun
+    attempts = 0  # that are known to have begun; a new try after a conflict is none
     cursor: Any = None  # payload of the last checkpoint
     started: float | None = None
     finished: float | None = None
