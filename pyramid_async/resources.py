@@ -6,6 +6,7 @@ import logging
 from secrets import token_hex
 from typing import Any
 
+from pyramid.exceptions import BadCSRFOrigin, BadCSRFToken
 from pyramid.httpexceptions import HTTPException
 from pyramid.response import Response
 from pyramid.security import NO_PERMISSION_REQUIRED
@@ -26,6 +27,11 @@ _KEY = "pyramid_async.resources"
 OUTAGES = {"OperationalError", "InterfaceError"}
 # What tells a statement that is wrong from these: codes of SQLite, and of MySQL for a column.
 SQLITE_ERROR, BAD_FIELD = 1, 1054
+# What a program that is refused may do about it; their own titles are "Bad Request".
+CSRF = {
+    BadCSRFToken: "the CSRF token is missing or wrong",
+    BadCSRFOrigin: "the CSRF check refuses the origin",
+}
 # Seconds after which a full store may have room.
 FULL_RETRY = 5
 
@@ -121,7 +127,8 @@ def refused(error: Any, request: Any) -> Any:
     """Return an HTTP exception as a problem, without what its body might tell."""
     if error.content_type == PROBLEM_JSON or error.status_code < 400:
         return error
-    body = dumps(problem_members(error.status_code, error.title, "about:blank"))
+    detail = CSRF.get(type(error))
+    body = dumps(problem_members(error.status_code, error.title, "about:blank", detail=detail))
     response = Response(body, status=error.status, content_type=PROBLEM_JSON)
     # For the client: a cookie to forget, several challenges.
     response.headerlist += [h for h in error.headerlist if h[0].lower() not in OF_THE_BODY]

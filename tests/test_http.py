@@ -1159,6 +1159,7 @@ def test_csrf_is_checked_as_the_application_has_it():
         web.get(f"/async/{sid}?wait=5", status=200)
         response = web.delete(f"/async/{sid}", headers=LISTED, status=400)
         is_problem(response)
+        assert response.json["detail"] == "the CSRF token is missing or wrong"
         assert response.headers["Access-Control-Allow-Origin"] == ORIGIN
         assert response.headers["Cache-Control"] == "no-store"
         web.get(f"/async/{sid}", status=200)
@@ -1166,6 +1167,14 @@ def test_csrf_is_checked_as_the_application_has_it():
         web.delete(f"/async/{sid}", headers={"X-CSRF-Token": token}, status=200)
         # Says what is wrong, rather than that a token is missing.
         web.post(f"/async/{sid}", status=405)
+
+
+def test_origin_that_the_csrf_check_refuses_is_told_so():
+    with browser(routes=checking_csrf) as web:
+        headers = {"Origin": "https://other.example"}
+        https = {"wsgi.url_scheme": "https"}
+        response = web.delete("/async/x", headers=headers, extra_environ=https, status=400)
+        assert response.json["detail"] == "the CSRF check refuses the origin"
 
 
 @pytest.mark.parametrize("method", ["DELETE", "POST"])
