@@ -388,7 +388,7 @@ def leave(f: Any) -> NoReturn:
     with suppress(Exception):
         if not isinstance(error, SystemExit):
             log.critical(
-                "a child that %s forked did not end by os._exit", name_of(f), exc_info=True
+                "a child that %s forked did not end by os._exit", name_of(f), exc_info=error
             )
         elif isinstance(error.code, int | None):
             status = (error.code or 0) & 0xFF

@@ -1404,5 +1404,7 @@ def test_child_that_a_job_forks_does_not_go_on_in_our_code(child, status, logged
     )
     assert run.stdout.endswith(f"the child's status: {status}\n")
     assert ("did not end by os._exit" in run.stdout) == logged
+    assert ("Traceback" in run.stdout) == ("execv" in child)
+    assert "NoneType" not in run.stdout
     assert ("x" * 9 in run.stdout) == ("print" in child)
     assert ("oh" in run.stderr) == ("oh" in child)
