@@ -124,9 +124,9 @@ def name_of(f: Any) -> str:
 
 # Option of `using` -> (conversion, what is allowed).
 OPTIONS: dict[str, tuple[Any, str]] = {
-    "title": (_text, "a text"),
+    "title": (_text, "a text that is not empty"),
     "queue": (_queue, "a name of at most 255 bytes in UTF-8 that does not begin with amq."),
-    "key": (_key, "a text that can be encoded in UTF-8"),
+    "key": (_key, "a text that is not empty and can be encoded in UTF-8"),
     "run_after": (
         _moment,
         "seconds from now, 0 to 1e10, or a datetime with a time zone, of the years 2 to 9998",

@@ -1407,6 +1407,12 @@ def test_option_at_its_bound_is_taken(zodb, options):
     assert zodb.scheduler.using(**options)._options == options
 
 
+@pytest.mark.parametrize("name", ["title", "key"])
+def test_empty_text_is_refused_as_empty(zodb, name):
+    with pytest.raises(NotSchedulable, match=f"{name} is ''; allowed: a text that is not empty"):
+        zodb.scheduler.using(**{name: ""})
+
+
 def test_unknown_option_names_the_known_ones(zodb):
     with pytest.raises(NotSchedulable, match=r"no option 'colour'; known: .*title.*max_attempts"):
         zodb.scheduler.using(colour="red")
