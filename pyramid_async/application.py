@@ -267,9 +267,10 @@ def will_fork() -> bool:
 
 
 def _is_gunicorn_worker() -> bool:
-    # A worker takes the signals before it loads the application; the arbiter's handler is its own.
-    handler = signal.getsignal(signal.SIGTERM)
-    return hasattr(getattr(handler, "__self__", None), "init_process")
+    # A worker takes this signal before it loads the application, also one that leaves the others
+    # to asyncio or uvicorn; the arbiter after it did, and by itself.
+    handler = signal.getsignal(signal.SIGUSR1)
+    return callable(handler) and not hasattr(getattr(handler, "__self__", None), "spawn_worker")
 
 
 # Servers that fork after they may have loaded the application, each by a module that only their

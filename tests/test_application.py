@@ -542,12 +542,12 @@ def test_eager_factory_that_raises_stops_the_start_up():
         config.make_wsgi_app()
 
 
-class GunicornWorker:
-    def init_process(self):
-        """The method that tells a worker from the arbiter."""
+class GunicornArbiter:
+    def spawn_worker(self):
+        """The method that tells the arbiter from a worker."""
 
-    def handle_exit(self, *signal):
-        """What a worker does at SIGTERM."""
+    def signal(self, *signal):
+        """What it does at any signal."""
 
 
 def billiard(name):
@@ -560,8 +560,8 @@ def billiard(name):
         ({"uwsgi": SimpleNamespace(worker_id=lambda: 0)}, None, 0),
         ({"uwsgi": SimpleNamespace(worker_id=lambda: 2)}, None, 1),
         ({"gunicorn.arbiter": None}, signal.SIG_DFL, 0),
-        ({"gunicorn.arbiter": None}, SimpleNamespace().__eq__, 0),
-        ({"gunicorn.arbiter": None}, GunicornWorker().handle_exit, 1),
+        ({"gunicorn.arbiter": None}, GunicornArbiter().signal, 0),
+        ({"gunicorn.arbiter": None}, SimpleNamespace().__eq__, 1),
         ({"celery.bin.worker": None, "billiard.process": billiard("MainProcess")}, None, 0),
         ({"celery.bin.worker": None, "billiard.process": billiard("ForkPoolWorker-1")}, None, 1),
     ],

@@ -2646,6 +2646,30 @@ def test_one_process_on_a_file_runs_its_jobs_itself(deploy):
     assert finished(location)["result"]["goods"] == "tea"
 
 
+# The application in a server of asyncio; what calls it there is not the matter.
+ASGI = """
+from pyramid.paster import get_app
+
+get_app("alone.ini")
+
+async def app(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"0"})
+"""
+
+
+@services
+@slow
+def test_a_worker_of_gunicorn_that_is_no_wsgi_server_opens_the_database(deploy):
+    site = deploy("file", None)
+    (site.directory / "served.py").write_text(ASGI)
+    port = free_port()
+    options = ("--bind", f"127.0.0.1:{port}", "--worker-class", "asgi")
+    gunicorn = site.start("-m", "gunicorn", "served:app", *options, log="gunicorn")
+    until(lambda: listens(port) or gunicorn.poll() is not None, what="gunicorn")
+    assert ask(f"http://127.0.0.1:{port}/")[0] == 200
+
+
 @services
 @slow
 def test_preloaded_ram_jobs_run_in_every_child(deploy):
