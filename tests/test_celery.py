@@ -944,6 +944,13 @@ def test_what_a_broker_delivers_again_is_claimed_first(info, monkeypatch):
     assert answers == [("a" * 32, info.get("redelivered", False))]
 
 
+def test_what_recovery_rings_for_is_claimed_first(monkeypatch):
+    answers = []
+    monkeypatch.setattr(module.site, "answer", lambda sid, again: answers.append((sid, again)))
+    module.again.run("a" * 32)
+    assert answers == [("a" * 32, True)]
+
+
 def test_a_bell_is_rung_again_where_there_is_no_queue_yet(broker):
     ringer, queue = Bells(broker, "queue", 10), uuid4().hex
     ringer._pass_on([Ring("a" * 32, queue, AGAIN, 1)])
@@ -1080,6 +1087,7 @@ def test_whoever_can_write_to_the_broker_reaches_the_bells():
     assert not module.app.conf.worker_enable_remote_control
     assert module.app.conf.accept_content == ["json"]
     assert module.app.conf.task_ignore_result
+    assert module.app.conf.result_backend is None
     assert not module.app.conf.task_acks_late
 
 
@@ -2626,8 +2634,9 @@ def needs(package):
 
 @services
 @slow
-def test_several_web_processes_and_workers_share_the_jobs(deploy):
-    site = deploy()
+@pytest.mark.parametrize(("storage", "broker"), [("zeo", RABBITMQ), ("relstorage", REDIS)])
+def test_several_web_processes_and_workers_share_the_jobs(storage, broker, deploy):
+    site = deploy(storage, broker)
     _, url = site.gunicorn("production.ini", "--workers", "2", "--threads", "4")
     for _ in range(2):
         site.worker()
@@ -2825,4 +2834,6 @@ def test_the_guide_tells_the_times_of_the_code():
     assert f"{grace:.0f} to {grace + look:.0f} s after their commit" in text
     assert f"every {bells.PAUSE:.0f} s by each worker process" in text
     assert f"every {bells.PASSED_OVER / 60:.0f} minutes" in text
+    assert "Prefetching is one message" in text
+    assert bells.app.conf.worker_prefetch_multiplier == 1
     assert module.RECORD_TIMEOUT == 2.0  # a ZEO client was seen to be late by half a second
