@@ -2717,11 +2717,9 @@ def test_a_database_opened_before_the_fork_is_refused(storage, records, deploy):
     site = deploy(storage, RABBITMQ if storage == "zeo" else None)
     site.edit("alone.ini", {"async.workers": f"async.store = {records}\nasync.workers"})
     ini = "production.ini" if storage == "zeo" else "alone.ini"
-    process, url = site.gunicorn(ini, "--preload")
-    if process.poll() is None:
-        status, _, _ = ask(f"{url}/start", {"goods": "tea"})
-        assert status == 500
-    until(lambda: "make the application after the fork" in " ".join(site.log("gunicorn").split()))
+    gunicorn, _ = site.gunicorn(ini, "--preload")
+    assert gunicorn.wait(PATIENCE) == 1
+    assert "make the application after the fork" in site.log("gunicorn")
 
 
 # A server of one's own, which tells nobody that it will fork.
@@ -2794,6 +2792,7 @@ def test_uwsgi_makes_the_application_after_the_fork(deploy):
 def test_eventsourcing_application_is_one_in_each_process_of_web_and_workers(pool, deploy):
     site = deploy()
     (site.directory / "kennel.py").write_text(KENNEL.read_text())
+    site.edit("kennel.py", {"    with Configurator(": "    log('loaded')\n    with Configurator("})
     includes = "pyramid.includes = pyramid_retry pyramid_zodbconn"
     site.edit("production.ini", {"call:shop:main": f"call:kennel:main\n{includes}"})
     gunicorn, url = site.gunicorn("production.ini", "--workers", "2", "--threads", "4")
@@ -2809,6 +2808,9 @@ def test_eventsourcing_application_is_one_in_each_process_of_web_and_workers(poo
     assert sorted(made) == sorted(closed) == sorted({*served, *taught})
     assert gunicorn.pid not in made
     assert (worker.pid in made) == (pool == "threads")
+    # No main process that forks loads what opens the database.
+    assert gunicorn.pid not in site.pids("loaded")
+    assert (worker.pid in site.pids("loaded")) == (pool == "threads")
     with closing(sqlite3.connect(site.directory / "kennel.sqlite")) as events:
         [[number]] = events.execute("SELECT COUNT(*) FROM stored_events")
     assert number == 2 * 20  # each dog was registered and learned a trick
