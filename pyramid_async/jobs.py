@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import MAXYEAR, MINYEAR, datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from persistent import Persistent
 
@@ -122,6 +123,19 @@ def name_of(f: Any) -> str:
     return class_name(f if hasattr(f, "__qualname__") and hasattr(f, "__module__") else type(f))
 
 
+class Options(TypedDict, total=False):
+    """The options of `using`, for type checkers; None is as good as none."""
+
+    title: str | None
+    queue: str | None
+    key: str | None
+    run_after: datetime | float | None
+    timeout: float | None
+    result_timeout: float | None
+    max_attempts: int | None
+    retry_on: type[BaseException] | Sequence[type[BaseException]] | None
+
+
 # Option of `using` -> (conversion, what is allowed).
 OPTIONS: dict[str, tuple[Any, str]] = {
     "title": (_text, "a text that is not empty"),
@@ -138,7 +152,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {
 }
 
 
-def check_options(options: dict[str, Any]) -> dict[str, Any]:
+def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that are not None, or raise NotSchedulable for one that does not fit."""
     return {name: _option(name, value) for name, value in options.items() if value is not None}
 

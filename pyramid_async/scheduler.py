@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from hashlib import blake2b
-from typing import Any, Literal, NamedTuple, ParamSpec
+from typing import Any, Literal, NamedTuple, ParamSpec, Unpack
 
 import transaction
 from persistent import Persistent
@@ -29,6 +29,7 @@ from .jobs import (
     STATUSES,
     JobRecord,
     JobStatus,
+    Options,
     check_options,
     status_of,
 )
@@ -105,7 +106,7 @@ class Scheduler:
         vars(bound).update(vars(self), _tm=tm, _caller=caller)
         return bound
 
-    def using(self, *, tm: Any = None, **options: Any) -> Scheduler:
+    def using(self, *, tm: Any = None, **options: Unpack[Options]) -> Scheduler:
         """See IScheduler."""
         if tm is None:
             scheduler = self.bind(self._tm, self._caller)

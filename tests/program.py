@@ -68,6 +68,9 @@ def script(registry: Any) -> list[str]:
     scheduler: Scheduler = registry.getUtility(IScheduler)
     scheduler.schedule(pay, "5")  # type: ignore[arg-type]
     scheduler.schedule(pay, tip=1)  # type: ignore[call-arg]
+    scheduler.using(run_after=5, retry_on=(OSError, ValueError), timeout=2.5)
+    scheduler.using(titel="Payment")  # type: ignore[call-arg]
+    scheduler.using(max_attempts="3")  # type: ignore[arg-type]
     collected = scheduler.get_result(scheduler.schedule(receipt))
     if collected:
         value, error = collected

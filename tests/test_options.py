@@ -15,6 +15,7 @@ from ZODB.POSException import ConflictError, POSKeyError, ReadConflictError
 from pyramid_async import current_job
 from pyramid_async.attempt import Unreliable
 from pyramid_async.interfaces import NotSchedulable, SchedulerFull
+from pyramid_async.jobs import OPTIONS, Options
 from pyramid_async.ram import RamStore
 from pyramid_async.scheduler import Caller, Scheduler
 from pyramid_async.standalone import executor_for
@@ -84,6 +85,10 @@ def hold(log):
 
 
 # -- key
+
+
+def test_type_checkers_know_the_options():
+    assert Options.__annotations__.keys() == OPTIONS.keys()
 
 
 def test_an_aborted_schedule_leaves_its_key_free(system):
