@@ -690,6 +690,13 @@ def test_stops_of_a_persistent_scheduler_leave_no_storages(persistent, wait_for)
     assert max(instances() for _ in range(4)) <= first + 1
 
 
+def test_stopped_persistent_scheduler_keeps_nothing_of_what_ran_its_jobs(persistent, wait_for):
+    executor = weakref.ref(persistent.scheduler._scheduler().executor)
+    transaction.abort()
+    persistent.scheduler.stop()
+    wait_for(lambda: gc.collect() is not None and executor() is None)
+
+
 def test_closed_database_leaves_nothing_of_its_schedulers(wait_for):
     db = ZODB.DB(MappingStorage())
     with db.transaction() as connection:
@@ -827,6 +834,23 @@ def test_database_may_be_closed_again_while_it_closes(persistent, monkeypatch):
     monkeypatch.setattr(standalone, "stop_together", close_again)
     persistent.db.close()
     assert not any(db is persistent.db for db, _ in standalone._in_use)
+
+
+def test_database_whose_close_was_interrupted_is_in_use_again(persistent, monkeypatch, wait_for):
+    stop = standalone.stop_together
+
+    def interrupted(executors):
+        stop(executors)
+        raise KeyboardInterrupt
+
+    persistent.scheduler._scheduler()
+    with monkeypatch.context() as patch:
+        patch.setattr(standalone, "stop_together", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            persistent.db.close()
+    sid = persistent.scheduler.schedule(give, 1)
+    transaction.commit()
+    persistent.ends(sid, wait_for)
 
 
 def test_two_threads_may_stop_one_persistent_scheduler(persistent, monkeypatch, wait_for):
