@@ -44,6 +44,21 @@ def check_until_told(name, key):
         raise
 
 
+class CountedLock:
+    """A lock that counts who asked for it."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.asked = 0
+
+    def __enter__(self):
+        self.asked += 1
+        self.lock.acquire()
+
+    def __exit__(self, *error):
+        self.lock.release()
+
+
 class Clock:
     """A clock that moves when it is told to."""
 

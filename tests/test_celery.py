@@ -40,7 +40,7 @@ from amqp.exceptions import (
     NotFound,
     PreconditionFailed,
 )
-from bare import Clock
+from bare import Clock, CountedLock
 from celery.bin.celery import celery as celery_command
 from crash.executors import BROKERS, remove_queue
 from crash.storages import free_port
@@ -52,14 +52,16 @@ from pyramid.paster import get_app
 from webapp import EXPLICIT, GATES, browser, echo, gate
 from webtest import TestApp
 from ZODB.config import databaseFromURL
+from zope.interface.verify import verifyObject
 
 from pyramid_async import IJobFinished, IScheduler, JobStopped, JobTimeout, bells, current_job
 from pyramid_async import celery as module
 from pyramid_async.attempt import storage_at_work
 from pyramid_async.bells import AGAIN, BELL, Bells, Ring, connect
 from pyramid_async.celery import bell
-from pyramid_async.consumer import take_bells_alone
+from pyramid_async.consumer import Unreadable, purge, take_bells_alone
 from pyramid_async.hints import Hints
+from pyramid_async.interfaces import IExecutor
 from pyramid_async.jobs import FRESH, UNHELD
 from pyramid_async.prefork import Signals, in_function
 from pyramid_async.settings import read_settings
@@ -396,6 +398,33 @@ def test_a_stop_in_a_child_touches_nothing_of_its_parent(broker, monkeypatch):
             executor.stop()
 
 
+def test_what_rings_for_jobs_is_an_executor(broker):
+    with client(broker) as web:
+        assert verifyObject(IExecutor, web.scheduler.executor)
+
+
+def test_threads_that_ring_first_at_once_start_one_that_sends(broker, monkeypatch):
+    with client(broker) as web:
+        executor, made, lock = web.scheduler.executor, [], CountedLock()
+        executor.stop(5)
+        executor.stopped = False
+        make, other = executor.make_bells, threading.Thread(target=executor.start)
+
+        def make_bells():
+            made.append(make())
+            if len(made) == 1:
+                other.start()
+                until(lambda: lock.asked == 2 or len(made) == 2)
+            return made[-1]
+
+        monkeypatch.setattr(executor, "_locks", {os.getpid(): lock})
+        monkeypatch.setattr(executor, "make_bells", make_bells)
+        executor.start()
+        other.join(5)
+        executor.stop(5)
+        assert len(made) == 1
+
+
 def test_a_process_without_room_for_a_thread_rings_once_there_is(broker, caplog, monkeypatch):
     def refuse(bells):
         raise RuntimeError("can't start new thread")
@@ -423,6 +452,32 @@ def test_a_cold_shutdown_ends_those_processes_alone_that_celery_does_not_end(mon
     pool = SimpleNamespace(info={"processes": [1, 2, 3]}, terminate_job=ended.append)
     module.end_pool(SimpleNamespace(pool=pool))
     assert ended == [1, 3]
+
+
+def test_a_cold_shutdown_comes_after_celerys_soft_one():
+    done = []
+    worker = SimpleNamespace(wait_for_soft_shutdown=lambda: done.append("waited"))
+    module.at_cold_shutdown(worker, lambda worker: done.append("told"))
+    worker.wait_for_soft_shutdown()
+    assert done == ["waited", "told"]
+
+
+@pytest.mark.parametrize(("given", "kept"), [((4, 0), (4, 1)), ((4, 2), (4, 2))])
+def test_a_pool_that_shrinks_keeps_one_process_or_as_many_as_it_is_told(given, kept, monkeypatch):
+    monkeypatch.setattr(module, "site", module.Site())
+    monkeypatch.setattr(module, "signals_of_celery", Signals())
+    module.site.ini = "production.ini"
+    worker = SimpleNamespace(
+        app=module.app,
+        consumer_cls=Consumer,
+        options={"autoscale": given},
+        soft_time_limit=None,
+        time_limit=None,
+        pool_cls="prefork",
+        wait_for_soft_shutdown=None,
+    )
+    module.begin(worker)
+    assert worker.options["autoscale"] == kept
 
 
 @pytest.mark.parametrize("forged", [None, 7, "", "no sid", ["a" * 32], {"sid": 1}, "A" * 32])
@@ -2135,6 +2190,12 @@ class Consumer:
         queues = SimpleNamespace(consume_from={"shop": self.queue})
         self.app = SimpleNamespace(amqp=SimpleNamespace(queues=queues))
 
+    def loop(self):
+        raise self.error
+
+    def start(self):
+        self.loop()
+
     def on_connection_error_after_connected(self, error):
         self.told.append(error)
 
@@ -2165,6 +2226,37 @@ def test_a_worker_does_not_assail_a_broker_that_refuses_its_first_command(monkey
     consumer = take_bells_alone(Consumer)()
     consumer.on_connection_error_before_connected(error)
     assert (consumer.told, slept) == ([error], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("error", "purges"),
+    [
+        (ValueError("no UTF-8"), True),
+        (ConnectionResetError(), False),
+        (redis.exceptions.NoPermissionError(), False),
+    ],
+)
+def test_bells_are_taken_away_for_nothing_but_what_nobody_can_read(error, purges, monkeypatch):
+    purged = []
+    monkeypatch.setattr("pyramid_async.consumer.time", SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setattr("pyramid_async.consumer.purge", purged.append)
+    consumer = take_bells_alone(Consumer)()
+    consumer.error = error
+    with pytest.raises(type(error) if not purges else Unreadable) as raised:
+        consumer.start()
+    consumer.on_connection_error_after_connected(raised.value)
+    assert purged == [consumer.app] * purges
+
+
+def test_no_bells_are_taken_away_where_the_broker_drops_what_nobody_can_read(broker):
+    with client(broker) as web:
+        executor, queue = web.scheduler.executor, web.scheduler.settings["celery.queue"]
+        web.start(echo)
+        executor.stop(5)
+    queues = SimpleNamespace(consume_from={queue: None})
+    amqp, conf = SimpleNamespace(queues=queues), SimpleNamespace(broker_url=broker)
+    purge(SimpleNamespace(amqp=amqp, conf=conf))
+    assert len(messages(queue, broker)) == 1
 
 
 # -- services: limits and ends -------------------------------------------------------------

@@ -11,7 +11,7 @@ from contextlib import suppress
 import pytest
 import transaction
 import ZODB
-from bare import Clock, LosesReply
+from bare import Clock, CountedLock, LosesReply
 from BTrees.OOBTree import OOBTree
 from persistent import Persistent
 from transaction.interfaces import TransactionFailedError
@@ -761,21 +761,6 @@ def test_job_that_starts_another_scheduler_while_the_database_closes_is_given_ba
     closing.join(10)
     executor_has_ended(wait_for)
     assert f"job {sid!r} is given back" in caplog.text
-
-
-class CountedLock:
-    """A lock that counts who asked for it."""
-
-    def __init__(self):
-        self.lock = threading.Lock()
-        self.asked = 0
-
-    def __enter__(self):
-        self.asked += 1
-        self.lock.acquire()
-
-    def __exit__(self, *error):
-        self.lock.release()
 
 
 def test_database_that_closes_while_a_persistent_scheduler_starts_stops_it(
