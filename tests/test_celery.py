@@ -367,6 +367,28 @@ def test_a_stop_passes_on_what_waits_for_its_time(renewed, broker):
     assert (timers, rung) == (([[1e12, sid]], []) if renewed else ([], [([sid], AGAIN)]))
 
 
+@pytest.mark.parametrize(("timeout", "least"), [(0, 0.1), (5, 4)])
+def test_a_stop_leaves_to_the_bells_what_is_left_of_its_time(timeout, least, broker, monkeypatch):
+    with client(broker) as web:
+        executor, times = web.scheduler.executor, []
+        web.start(echo)
+        stop = executor.bells.stop
+        monkeypatch.setattr(executor.bells, "stop", times.append)
+        executor.stop(timeout)
+        stop(5)
+    assert least <= times[0] <= max(least, timeout)
+
+
+def test_a_stopped_executor_waits_for_no_exit(broker, monkeypatch):
+    left = []
+    calls = SimpleNamespace(register=left.append, unregister=left.remove)
+    monkeypatch.setattr(module, "atexit", calls)
+    with client(broker) as web:
+        assert left == [web.scheduler.executor.stop]
+        web.scheduler.executor.stop(5)
+    assert left == []
+
+
 def test_a_stop_does_not_wait_where_nothing_runs(broker, monkeypatch):
     with client(broker) as web:
         executor = web.scheduler.executor
