@@ -375,7 +375,7 @@ def listens_elsewhere(settings: dict[str, Any]) -> bool:
 
 
 # Shared, they would be tasks of every Celery application in the process.
-@app.task(name=BELL, ignore_result=True, bind=True, shared=False)
+@app.task(name=BELL, bind=True, shared=False)
 def bell(task: Any, sid: str) -> None:
     """Run the job, if there is one and nobody has it.
 
@@ -384,7 +384,7 @@ def bell(task: Any, sid: str) -> None:
     site.answer(sid, again=task.request.delivery_info.get("redelivered", False))
 
 
-@app.task(name=AGAIN, ignore_result=True, shared=False)
+@app.task(name=AGAIN, shared=False)
 def again(sid: str) -> None:
     """Claim the job, if there is one and nobody has it, and run it."""
     site.answer(sid, again=True)

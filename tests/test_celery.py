@@ -484,6 +484,25 @@ def test_a_cold_shutdown_comes_after_celerys_soft_one():
     assert done == ["waited", "told"]
 
 
+def test_who_signals_again_while_celerys_soft_shutdown_waits_has_the_jobs_told(monkeypatch):
+    class Pool:
+        """One without processes, in which Celery can end no job."""
+
+    told = []
+    monkeypatch.setattr(module.site, "end_jobs", told.append)
+    worker = SimpleNamespace(pool_cls=Pool, wait_for_soft_shutdown=None)
+    module.tell_at_cold_shutdown(worker)
+    worker.pool_cls().terminate_job(os.getpid(), "SIGTERM")
+    assert told == [f"process {os.getpid()} is told to end"]
+    # Celery's banner names the pool by it.
+    assert worker.pool_cls.__module__ == Pool.__module__
+
+
+def test_a_result_backend_of_the_environment_gets_no_results():
+    assert bell.ignore_result
+    assert module.again.ignore_result
+
+
 @pytest.mark.parametrize(("given", "kept"), [((4, 0), (4, 1)), ((4, 2), (4, 2))])
 def test_a_pool_that_shrinks_keeps_one_process_or_as_many_as_it_is_told(given, kept, monkeypatch):
     monkeypatch.setattr(module, "site", module.Site())
