@@ -62,6 +62,7 @@ class FileStorage:
     processes = ALONE
     faults = ("process",)
     freezes = False
+    stalls = False  # whether its server can be frozen
 
     def __init__(self, directory, control=None):
         self.directory = Path(directory)
@@ -84,7 +85,7 @@ class Zeo(FileStorage):
 
     processes = SHARED
     faults = ("process", "process", "process", "server")
-    freezes = True
+    freezes = stalls = True
 
     def __init__(self, directory, control=None):
         super().__init__(directory)
@@ -117,6 +118,12 @@ class Zeo(FileStorage):
         self.server.send_signal(signal.SIGKILL)
         self.server.wait()
         self.start()
+
+    def stall_server(self, seconds):
+        """Freeze the server: it answers nobody, and later does what it was told meanwhile."""
+        self.server.send_signal(signal.SIGSTOP)
+        time.sleep(seconds)
+        self.server.send_signal(signal.SIGCONT)
 
 
 class RelStorage(FileStorage):

@@ -15,6 +15,7 @@ from .processes import CeleryWorker
 
 MOST_ENDS = 50  # of processes that nobody killed
 FREEZES = 0.2  # for each kill, where processes can be frozen
+STALLS = 0.05  # for each kill, where the storage's server can be frozen
 STOPS = 0.1  # polite ones, for each kill
 BY_ITSELF = "ended by itself"
 LOOK = 0.01  # seconds between two looks at the processes
@@ -63,6 +64,7 @@ class Supervisor:
         faults = self.storage.faults + self.executor.faults
         kinds = [self.random.choice(faults) for _ in range(kills)]
         kinds += ["freeze"] * round(kills * FREEZES * self.storage.freezes)
+        kinds += ["stall"] * round(kills * STALLS * self.storage.stalls)
         kinds += ["stop"] * round(kills * STOPS)
         for kind, share in self.executor.disturbances.items():
             kinds += [kind] * round(kills * share)
@@ -132,6 +134,9 @@ class Supervisor:
 
     def _server(self):
         self.storage.kill_server(self.random)
+
+    def _stall(self):
+        self.storage.stall_server(self.random.uniform(1.5, 3) * self.executor.lease)
 
     def _backend(self):
         self.storage.kill_backend(self.random)
