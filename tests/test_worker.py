@@ -857,6 +857,20 @@ def test_exception_that_cannot_be_kept_is_kept_by_name_and_text(durable, key, ma
     assert error.args == (failure.class_name, failure.message)
 
 
+def raise_with_new_objects():
+    outer = PersistentMapping(inner=PersistentMapping(there=lambda: None))
+    raise ValueError("it carries something", outer)
+
+
+def test_exception_that_the_commit_refuses_is_kept_by_name_and_text(durable):
+    """What is wrong with its inner object is seen as late as that."""
+    sid = durable.run(raise_with_new_objects)
+    failure = durable.status(sid).failure
+    assert (failure.class_name, durable.told) == ("ValueError", [(sid, "failed")])
+    error = durable.result(sid)[1]
+    assert (type(error), error.args) == (JobFailed, failure[:2])
+
+
 def test_conflict_while_an_exception_is_stored_does_not_make_another_of_it(one, key, monkeypatch):
     pack, met = one.store.pack, []
 
