@@ -736,7 +736,10 @@ def test_check_finds_persistent_arguments_whose_class_is_gone(durable, monkeypat
 
 def test_check_finds_maintenance_that_nobody_does(durable, set_clock):
     archived(durable, (echo,), (echo,))
-    set_clock(durable, durable.scheduler.store.clock() + 3600 + OVERDUE + 120)
+    expired = durable.scheduler.store.clock() + 3600
+    set_clock(durable, expired + OVERDUE - 60)
+    assert findings(durable) == {}
+    set_clock(durable, expired + OVERDUE + 120)
     [text] = findings(durable).values()
     assert "nobody removed it" in text
 
