@@ -1795,6 +1795,11 @@ def test_installing_twice_writes_once(zodb_store):
     assert zodb_store.db.lastTransaction() == last
 
 
+def test_installing_leaves_no_connection_open(database):
+    ZodbStore(database).install()
+    assert {info["opened"] for info in database.connectionDebugInfo()} == {None}
+
+
 def test_records_of_a_newer_format_are_left_alone(zodb_store, database):
     """The application went back to an older version of this library."""
     with database.transaction() as connection:
