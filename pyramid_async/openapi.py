@@ -186,6 +186,8 @@ OPERATIONS: dict[tuple[str, str], dict[str, Any]] = {
         "summary": "Cancel an unfinished job, remove a finished one",
         "parameters": [
             query("only", "`cancel` leaves a finished job alone.", {"enum": ["cancel"]}),
+            header("If-Match", "`*` alone is ever true: all tags are weak."),
+            header("If-None-Match", "An `ETag`: only if the document is another one by now."),
         ],
         "responses": {
             "200": answer("The last document.", ref("statusInfo")),

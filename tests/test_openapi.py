@@ -102,6 +102,13 @@ def test_every_description_is_of_a_route_that_may_be_there(web):
     assert described <= set(resources(web.app.registry))
 
 
+def test_conditions_of_a_delete_are_told(web):
+    """A client that was generated can send no header that the document does not have."""
+    parameters = document(web)["paths"]["/async/{sid}"]["delete"]["parameters"]
+    told = [each["name"] for each in parameters if each["in"] == "header"]
+    assert told == ["If-Match", "If-None-Match"]
+
+
 def test_operations_have_names_of_their_own(web):
     ids = [
         operation["operationId"]
@@ -235,9 +242,17 @@ def unfinished(name):
     return (tell, name, 1, 3, "x"), (behind_gate, name)
 
 
+# Beside those of its default: a condition that is false is no defect of the request.
+CONDITIONS = """
+[checks.positive_data_acceptance]
+expected-statuses = ["2xx", 304, 401, 403, 404, 409, 412, "5xx"]
+"""
+
+
 def schemathesis(url, directory, user, phases, sids):
     """Run it with all checks; what it generates may be one of the *sids*."""
     (directory / "sids.json").write_text(json.dumps(sids))
+    (directory / "schemathesis.toml").write_text(CONDITIONS)
     headers = ["--header", f"X-User:{user}"] if user else []
     said = subprocess.run(
         [SCHEMATHESIS, "run", url, "--checks=all", "--mode=all", "--seed=1", "--no-color",
