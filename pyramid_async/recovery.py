@@ -286,7 +286,12 @@ class Recovery:
             return
         if self.executor.held or self.executor.suspended:
             self._show_life()
-        elif self._beating:
+        else:
+            self.fall_silent()
+
+    def fall_silent(self) -> None:
+        """Take this process's sign of life away: it holds no jobs any more."""
+        if self._beating:
             transact(self.store, partial(self._remove_signs, [self.store.process]))
             self._beating = False
 

@@ -133,6 +133,9 @@ class Still:
     def timed(self):
         return []
 
+    def fall_silent(self):
+        pass
+
 
 class Process:
     """The parts of one process.  Recovery takes its steps when the test says so.

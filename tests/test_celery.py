@@ -63,6 +63,7 @@ from pyramid_async.consumer import Unreadable, purge, take_bells_alone
 from pyramid_async.hints import Hints
 from pyramid_async.interfaces import IExecutor
 from pyramid_async.jobs import FRESH, UNHELD
+from pyramid_async.manage import look, shown_processes
 from pyramid_async.prefork import Signals, in_function
 from pyramid_async.settings import read_settings
 from pyramid_async.transactional import pending
@@ -351,6 +352,16 @@ def test_a_running_job_is_told_that_its_process_ends(broker):
         web.scheduler.executor.end_jobs("the process is told to end")
         with pytest.raises(JobStopped, match="told to end"):
             web.scheduler.executor.worker.running[sid].check()
+
+
+def test_a_stop_takes_the_sign_of_life_away(broker):
+    with client(broker) as web, running_behind_gate(web) as sid:
+        executor = web.scheduler.executor
+        executor.recovery.beat()
+        [process] = look(web.scheduler, shown_processes)
+        assert process.running == (sid,)
+        executor.stop(0)
+        assert look(web.scheduler, shown_processes) == []
 
 
 @pytest.mark.parametrize("renewed", [False, True])

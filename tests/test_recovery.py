@@ -971,6 +971,16 @@ def test_process_that_has_nothing_to_do_falls_silent_and_then_writes_nothing(mac
     assert one.db.lastTransaction() == before
 
 
+def test_process_that_stops_leaves_no_sign_of_life(machines, key, at):
+    """It would be shown as one that hangs, with the jobs that it gave back."""
+    one, other = machines.process(), machines.process(workers=0)
+    one.executor.recovery = one.recovery
+    with frozen(one, key, at) as sid:
+        one.executor.stop(0)
+        assert read_signs(other) == {}
+        assert other.status(sid).status == "accepted"
+
+
 def test_sign_that_is_shown_again_after_a_silence_counts_on(machines):
     """To who last saw it before that silence the same number would mean that it stood still."""
     one = machines.process()
