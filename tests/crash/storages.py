@@ -122,8 +122,10 @@ class Zeo(FileStorage):
     def stall_server(self, seconds):
         """Freeze the server: it answers nobody, and later does what it was told meanwhile."""
         self.server.send_signal(signal.SIGSTOP)
-        time.sleep(seconds)
-        self.server.send_signal(signal.SIGCONT)
+        try:
+            time.sleep(seconds)
+        finally:  # else it would outlive who interrupts the test
+            self.server.send_signal(signal.SIGCONT)
 
 
 class RelStorage(FileStorage):
