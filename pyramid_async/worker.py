@@ -268,6 +268,8 @@ class Worker:
         """Make one attempt; return the seconds until the next one, or None: there is none."""
         attempt = self.attempt(job, self.store, self.result_timeout, self.tell)
         try:
+            if conflicts.tried:
+                job.check()  # first: a database that is away keeps each attempt waiting
             attempt.run(self.surroundings())
         except BaseException as error:
             return self._end(attempt, error, conflicts)

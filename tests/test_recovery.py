@@ -613,6 +613,22 @@ def test_job_whose_last_attempts_met_an_outage_is_given_back_too(machines, key, 
     assert (CALLS[key], one.status(sid).status, one.told) == ([1], "accepted", [])
 
 
+def test_job_that_is_told_to_stop_in_an_outage_is_not_tried_again(machines, key, outage, caplog):
+    caplog.set_level("INFO")
+    one = machines.process()
+    sid = one.plant(note, key)
+
+    class Stopped(outage):
+        def _read(self):
+            one.worker.interrupt_all("the process stops")
+            super()._read()
+
+    one.worker.attempt = Stopped
+    one.worker.run(sid)
+    assert (Stopped.tried, one.status(sid).status, one.told) == (1, "accepted", [])
+    assert f"job {sid!r} is given back" in caplog.text
+
+
 def conflict_before_an_outage(key):
     note(key)
     raise ConflictError
