@@ -256,7 +256,7 @@ class CeleryExecutor:
         try:
             self.worker.give_back_running()
             self._pass_on_timers()
-            self.recovery.fall_silent()
+            self.recovery.leave()
         except Exception:
             # Recovery finds them by the lease.
             log.exception("jobs could not be given back: %s", ", ".join(self.held))

@@ -287,10 +287,16 @@ class Recovery:
         if self.executor.held or self.executor.suspended:
             self._show_life()
         else:
-            self.fall_silent()
+            self._fall_silent()
 
-    def fall_silent(self) -> None:
-        """Take this process's sign of life away: it holds no jobs any more."""
+    def leave(self) -> None:
+        """Take the sign of life away at a stop; without the database it ends by itself."""
+        try:
+            self._fall_silent()
+        except Exception as error:
+            log.info("the sign of life stays for a while: %r", error)
+
+    def _fall_silent(self) -> None:
         if self._beating:
             transact(self.store, partial(self._remove_signs, [self.store.process]))
             self._beating = False

@@ -133,7 +133,7 @@ class Still:
     def timed(self):
         return []
 
-    def fall_silent(self):
+    def leave(self):
         pass
 
 

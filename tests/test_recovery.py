@@ -997,6 +997,19 @@ def test_process_that_stops_leaves_no_sign_of_life(machines, key, at):
         assert other.status(sid).status == "accepted"
 
 
+def test_process_that_stops_after_its_database_makes_no_fuss_about_its_sign(
+    machines, key, at, caplog
+):
+    one = machines.process()
+    one.executor.recovery = one.recovery
+    with frozen(one, key, at) as sid:
+        pass
+    one.wait(sid)
+    one.db.close()
+    one.executor.stop(5)
+    assert [record for record in caplog.records if record.levelname != "INFO"] == []
+
+
 def test_sign_that_is_shown_again_after_a_silence_counts_on(machines):
     """To who last saw it before that silence the same number would mean that it stood still."""
     one = machines.process()
