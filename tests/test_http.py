@@ -795,6 +795,15 @@ def test_virtual_root_of_the_application_does_not_count(web):
     web.delete(url, headers=below, status=200)
 
 
+def test_virtual_root_counts_for_the_applications_own_routes():
+    def routes(config):
+        config.add_route("shop", "/shop/*traverse", factory=lambda request: {"acme": "Acme"})
+        config.add_view(lambda request: Response(request.virtual_root), route_name="shop")
+
+    with browser(routes=routes) as web:
+        assert web.get("/shop/", headers={"X-Vhm-Root": "/acme"}).text == "Acme"
+
+
 @pytest.mark.parametrize(
     "find",
     [lambda root: root["users"]["mallory"], lambda root: find_resource(root, "/users/mallory")],
