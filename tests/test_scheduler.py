@@ -167,6 +167,13 @@ def look_at_transaction():
     return txn.user, txn.description, txn.extension["pyramid_async"], job.sid
 
 
+def look_at_a_copy():
+    request = current_job().request
+    copy = request.copy()
+    copy.registry = request.registry
+    return pyramid_tm.is_tm_active(copy), pyramid_tm.create_tm(copy) is request.tm
+
+
 def look_from_a_virtual_root():
     root = testing.DummyResource()
     shop = testing.DummyResource("shop", root)
@@ -2185,6 +2192,23 @@ def test_script_name_of_the_scheduling_request_may_be_of_any_script(web, path):
 
     sid = web.do(schedule, SCRIPT_NAME=path.encode().decode("latin-1"))
     assert web.outcome(sid)[0] == [path, "http://localhost" + quote(path)]
+
+
+@in_both_stores
+def test_script_name_that_the_environ_has_not_is_empty(web):
+    """As in a DummyRequest."""
+
+    def schedule(request):
+        del request.environ["SCRIPT_NAME"]
+        return request.scheduler.schedule(look_around, "script_name", "application_url")
+
+    assert web.outcome(web.do(schedule))[0] == ["", "http://localhost"]
+
+
+@in_both_stores
+def test_copy_of_the_jobs_request_is_in_its_transaction(web):
+    """So pyramid_tm begins no other for a subrequest of it."""
+    assert web.run(look_at_a_copy) == (True, True)
 
 
 @in_both_stores
