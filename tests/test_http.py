@@ -559,11 +559,18 @@ def test_results_of_a_failed_job_are_its_problem(web):
     assert is_problem(response, document["error"]["type"]) == document["error"]
 
 
+def test_results_link_says_whether_the_result_is_a_file(web):
+    for job, said in (make_file, True), (echo, None):
+        _, document = web.finished(job, "x")
+        (link,) = [link for link in document["links"] if link["rel"] == RESULTS]
+        assert link.get("download") is said
+
+
 def test_results_of_a_dismissed_job_never_come(web, at_gate):
     url = running(web, web.url(behind_gate, at_gate), at_gate)
     web.delete(url)
     response = web.get(url + "/results", status=404)
-    assert is_problem(response, response.json["type"])["type"] not in {NOT_READY, NO_SUCH_JOB}
+    is_problem(response, "urn:pyramid-async:problem:dismissed")
     assert "Retry-After" not in response.headers
 
 
