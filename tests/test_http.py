@@ -505,9 +505,11 @@ def test_blob_is_streamed_as_an_attachment(tmp_path):
         assert document["links"][-1]["type"] == "text/csv; charset=utf-8"
         response = web.get(url + "/results", status=200)
         assert response.body == b"a;b\n" * 100_000
-        assert response.headers["Content-Length"] == "400000"
         assert response.headers["Content-Type"] == "text/csv; charset=utf-8"
-        assert web.head(url + "/results", status=200).body == b""
+        head = web.head(url + "/results", status=200)
+        assert head.body == b""
+        # WebTest counts a body where there is one.
+        assert head.headers["Content-Length"] == "400000"
         web.delete(url)
         web.get(url + "/results", status=404)
 
