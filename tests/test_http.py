@@ -875,6 +875,7 @@ def test_list_has_the_own_jobs_newest_first_and_without_results(web):
         assert "result" not in valid(job)
     href = "http://localhost/async"
     assert response.json["links"] == [{"href": href, "rel": "self", "type": "application/json"}]
+    assert len(listed(web, "?limit=3").json["links"]) == 1  # there is no next page
     assert response.headers["Cache-Control"] == "no-store"
     assert web.head("/async", headers=as_user("alice"), status=200).body == b""
 
