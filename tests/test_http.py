@@ -1098,6 +1098,10 @@ class OperationalError(Exception):
     """As drivers of MySQL have it, and SQLAlchemy for any driver."""
 
 
+class InterfaceError(Exception):
+    """As drivers of PostgreSQL have it."""
+
+
 def no_such_table():
     with closing(sqlite3.connect(":memory:")) as connection:
         connection.execute("select * from nowhere")
@@ -1122,6 +1126,10 @@ def no_server():
     raise OperationalError(2003, "Can't connect to MySQL server on '127.0.0.1'")
 
 
+def lost_connection():
+    raise InterfaceError("connection already closed")
+
+
 @pytest.mark.parametrize(
     ("fail", "status"),
     [
@@ -1130,6 +1138,7 @@ def no_server():
         (no_such_column_in_mysql, 500),
         (no_database, 503),
         (no_server, 503),
+        (lost_connection, 503),
     ],
 )
 def test_statement_that_is_wrong_is_no_outage(web, monkeypatch, fail, status):

@@ -7,10 +7,10 @@ import math
 
 import pytest
 from pyramid.config import Configurator
-from pyramid.exceptions import ConfigurationError
+from pyramid.exceptions import ConfigurationError, ConfigurationExecutionError
 
 from pyramid_async.config import databases
-from pyramid_async.interfaces import IScheduler
+from pyramid_async.interfaces import IScheduler, NotSchedulable
 from pyramid_async.ram import RamStore
 from pyramid_async.recovery import Recovery
 from pyramid_async.settings import SETTINGS, BadSetting, read_settings
@@ -240,6 +240,21 @@ def test_package_that_includes_it_again_takes_no_operations_away(config):
 def test_operation_whose_name_is_empty_or_reserved_stops_the_start(config, name):
     with pytest.raises(ConfigurationError, match="allowed: a text that is not empty and does not"):
         config.add_operation(name, math.sqrt)
+
+
+def test_operation_whose_options_do_not_fit_stops_the_start(config):
+    with pytest.raises(NotSchedulable, match="option timeout is -1"):
+        config.add_operation("sqrt", math.sqrt, timeout=-1)
+
+
+def test_operation_that_no_worker_could_find_stops_the_start():
+    config = Configurator(settings={"zodbconn.uri": "memory://"})
+    config.include("pyramid_zodbconn")
+    config.include("pyramid_async")
+    config.add_operation("nameless", lambda: None)
+    with pytest.raises(ConfigurationExecutionError, match="a lambda"):
+        config.make_wsgi_app()
+    close_databases(config.registry)
 
 
 @pytest.mark.parametrize("prefix", ["/{tenant}/jobs", "/:tenant/jobs", "/jobs*rest"])
