@@ -28,6 +28,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT))
 
 
+def pytest_collection_finish():
+    """Spare the garbage collector what lives as long as the tests: modules and the tests."""
+    gc.collect()
+    gc.freeze()
+
+
 def ours_alive() -> set[threading.Thread]:
     return {t for t in threading.enumerate() if t.name.startswith(THREAD_PREFIX)}
 
