@@ -72,10 +72,7 @@ def add_resource(config: Any, name: str, pattern: str, api: bool = True, **views
         permission=NO_PERMISSION_REQUIRED,
         require_csrf=False,  # it does nothing, and a 400 would hide what is wrong
     )
-    config.add_exception_view(full, context=SchedulerFull, route_name=name)
-    config.add_exception_view(refused, context=HTTPException, route_name=name)
-    config.add_exception_view(unavailable, context=TransientError, route_name=name)
-    config.add_exception_view(broken, context=Exception, route_name=name)
+    config.add_exception_view(answer, context=Exception, route_name=name)
 
 
 def resources(registry: Any) -> dict[str, list[str]]:
@@ -116,6 +113,18 @@ class NotAllowed:
 # -- exceptions ------------------------------------------------------------------------
 
 
+def answer(error: Exception, request: Any) -> Any:
+    """Answer for whatever is raised on these routes."""
+    match error:
+        case SchedulerFull():
+            return full(error, request)
+        case HTTPException():
+            return refused(error)
+        case TransientError():
+            return unavailable(error, request)
+    return broken(error, request)
+
+
 def full(error: SchedulerFull, request: Any) -> Any:
     """Answer for a full store, on the application's own routes too."""
     response = busy("Too many jobs are waiting; try again later.", FULL_RETRY)
@@ -123,7 +132,7 @@ def full(error: SchedulerFull, request: Any) -> Any:
     return response
 
 
-def refused(error: Any, request: Any) -> Any:
+def refused(error: Any) -> Any:
     """Return an HTTP exception as a problem, without what its body might tell."""
     if error.content_type == PROBLEM_JSON or error.status_code < 400:
         return error
