@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import heapq
 import logging
-import math
 import os
 import threading
 import time
@@ -20,6 +18,7 @@ from ZODB.POSException import ConflictError
 from .interfaces import JobTaken
 from .jobs import ACCEPTED, FRESH, UNHELD, JobRecord, Live
 from .process import process_name, renew_in_children
+from .timers import Timers
 from .transactional import transact
 
 log = logging.getLogger(__name__)
@@ -108,12 +107,10 @@ class Recovery:
         self._shown = 0.0  # when the last sign of life was written, or the first was due
         self.renew()
         renew_in_children(self)
-        self._timers: list[tuple[float, str]] = []  # heap of (when, sid)
-        self._timed: set[str] = set()  # the sids on it
+        self._timers = Timers()
 
     def renew(self) -> None:
         self._wake = threading.Event()
-        self._lock = threading.Lock()
 
     # -- the thread
 
@@ -205,45 +202,23 @@ class Recovery:
 
         What finds no room is found by `look` once it is due.
         """
-        with self._lock:
-            if sid not in self._timed and len(self._timed) < self.executor.max_pending:
-                self._timed.add(sid)
-                heapq.heappush(self._timers, (when, sid))
+        self._timers.add(when, sid, self.executor.max_pending)
         self._wake.set()
 
     def timed(self) -> list[str]:
         """Return the jobs that wait for their time here."""
-        with self._lock:
-            return list(self._timed)
-
-    def _forget(self, sids: set[str]) -> None:
-        """Make room: these jobs wait no longer.  What is due by the next look goes by itself."""
-        soon = self.store.clock() + self.interval
-        with self._lock:
-            self._timers = [(w, sid) for w, sid in self._timers if w <= soon or sid not in sids]
-            heapq.heapify(self._timers)
-            self._timed = {sid for _, sid in self._timers}
-
-    def _due(self, now: float) -> list[str]:
-        with self._lock:
-            due: list[str] = []
-            if self._ended.is_set():
-                return due  # the executor takes nothing more, and gives back what waits here
-            while self._timers and self._timers[0][0] <= now:
-                due.append(heapq.heappop(self._timers)[1])
-            self._timed.difference_update(due)
-            return due
+        return [sid for _, sid in self._timers.waiting()]
 
     def _fire(self) -> float:
         """Wake the jobs that are due; return the seconds until the next one is."""
         now = self.store.clock()
-        for sid in self._due(now):
+        # Once we are to end the executor takes nothing more, and gives back what waits here.
+        for sid in () if self._ended.is_set() else self._timers.pop(now):
             try:
                 self._put(sid, now)
             except Exception:
                 log.exception("job %r is due and was not put; the next look finds it", sid)
-        with self._lock:
-            return self._timers[0][0] - now if self._timers else math.inf
+        return self._timers.next_due() - now
 
     def _put(self, sid: str, now: float) -> None:
         if sid in self.executor.held:
@@ -352,9 +327,7 @@ class Recovery:
 
     def hand_over(self) -> None:
         """Let another process of the pool wake the jobs that wait for their time here."""
-        others = self.hints.read().get("timers", [])
-        with self._lock:
-            self._write_hints([*others, *self._timers])
+        self._write_hints([*self.hints.read().get("timers", []), *self._timers.waiting()])
 
     def _write_hints(self, timers: list[Any]) -> None:
         hints = {"at": self.monotonic(), "observed": self._observed, "timers": timers}
@@ -371,7 +344,8 @@ class Recovery:
             self._take_hints()
         self._notes_before, self._notes = self._notes, Notes(set(self.timed()))
         ended = transact(self.store, self._look)
-        self._forget(self._notes.stray)
+        # To make room; what is due by the next look goes by itself.
+        self._timers.forget(self._notes.stray, self.store.clock() + self.interval)
         self._archive(ended)
         self.store.expire(self.store.clock(), self._goes_on)
         self._bury()

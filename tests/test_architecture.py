@@ -42,7 +42,8 @@ MAP = {
     "attempt": ("interfaces jobs transactional current failures", "transaction ZODB"),
     "worker": ("interfaces jobs process transactional current failures attempt", "transaction"),
     "threads": ("interfaces jobs process current attempt worker", "transaction zope"),
-    "recovery": ("interfaces jobs process transactional", "persistent transaction ZODB"),
+    "timers": ("process", ""),
+    "recovery": ("interfaces jobs process timers transactional", "persistent transaction ZODB"),
     "standalone": ("current zodb worker threads recovery", ""),
     "scheduler": (
         "interfaces jobs process transactional ram zodb worker standalone",

@@ -809,7 +809,7 @@ def test_locks_of_the_store_that_were_held_at_the_fork_do_not_hold_the_child():
 
         scheduler = TransactionalScheduler()
         recovery = scheduler.executor.recovery
-        locks = [scheduler.store.lock, scheduler.worker.changes._lock, recovery._lock]
+        locks = [scheduler.store.lock, scheduler.worker.changes._lock, recovery._timers._lock]
         for lock in locks:
             lock.acquire()
         child = os.fork()
