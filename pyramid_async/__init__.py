@@ -5,7 +5,7 @@ A job's life, in reading order:
 1. A view calls ``request.scheduler.schedule(f, ...)`` (`scheduler`).  A record (`jobs`) joins
    the request's transaction through a store (`zodb`, `ram`); an after-commit hook passes the
    job's id to an executor (`threads`, `celery`).
-2. A thread of that, or a Celery worker, runs it (`worker`).  An attempt (`attempt`) makes a
+2. A thread of that, or a Celery worker, runs it (`worker`).  A try (`tries`) makes a
    request (`requests`), begins a transaction, loads the record, calls ``f``, and commits effects,
    result and status together.
 3. ``f`` sees its job through `current_job` (`current`).

@@ -43,7 +43,6 @@ except ModuleNotFoundError as error:
     ) from error
 
 from .application import close_applications
-from .attempt import end_transaction
 from .bells import AGAIN, BELL, Bells, app, transport
 from .consumer import listen, take_bells_alone
 from .hints import Hints
@@ -52,6 +51,7 @@ from .jobs import FRESH, UNHELD
 from .prefork import Signals
 from .settings import read_settings
 from .transactional import transact
+from .tries import end_transaction
 from .worker import GIVE_BACK, LEFT_PAUSE
 
 log = logging.getLogger(__name__)

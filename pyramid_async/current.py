@@ -43,7 +43,7 @@ class Job:
         self.remaining: float | None = None
         self.ticks = 1  # visible changes: to run is one
         self.checkpoints = 0
-        self.commit_checkpoint: Callable[[Any], None]  # of the present attempt
+        self.commit_checkpoint: Callable[[Any], None]  # of the present try
         # What it is told.
         self.deadline: float | None = None  # monotonic
         self._interrupt: JobInterrupted | None = None
@@ -52,7 +52,7 @@ class Job:
         self.holder = holder  # from whose queue it is run without a claim: see `belongs_to`
         self.signature = new_id()
         self.begun = False  # the function was called
-        self.revision: int | None = None  # of the record that the attempt read
+        self.revision: int | None = None  # of the record that its last try read
         self.ending = threading.Lock()  # held by who records and tells how the attempt ended
         self.over = False  # that was done
 
@@ -92,7 +92,7 @@ class Job:
     def checkpoint(self, cursor: Any) -> None:
         """Commit the work so far together with *cursor*, any value that can be stored.
 
-        A later attempt, after a conflict or a crash, finds the cursor in ``job.cursor`` and
+        A later try, after a conflict or a crash, finds the cursor in ``job.cursor`` and
         goes on from there.  What is committed here stays, also when the job fails or is
         dismissed.  Costs a commit, and begins a new transaction, which sees what others did.
 

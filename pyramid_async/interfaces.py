@@ -453,7 +453,7 @@ class IJobAccepted(IJobEvent):
 class IJobStarted(IJobEvent):
     """A worker is about to call the job's function; once a claim, not again after a conflict.
 
-    Sent in the worker's thread, inside the attempt's transaction, which nobody but the worker may
+    Sent in the worker's thread, inside the job's transaction, which nobody but the worker may
     end.  What is written there shares its fate, and is gone after a conflict.  What a subscriber
     raises is logged.
     """

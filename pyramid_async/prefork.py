@@ -24,7 +24,7 @@ GUARDED = {"BTrees", "ZEO", "ZODB", "persistent", "pyramid_async", "relstorage",
 # who sends them: the worker alone, or a terminal or a supervisor to all its processes.
 ENDS = ("SIGHUP", "SIGQUIT", "SIGTERM")
 
-# Those functions of `attempt` that call the job's.
+# Those functions of `tries` that call the job's.
 CALLERS = {"call_function", "run_body"}
 
 
@@ -140,7 +140,7 @@ def in_function(frame: Any) -> bool:
     """Say whether a job's function runs, and no code that must not be interrupted."""
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if module == "pyramid_async.attempt" and frame.f_code.co_name in CALLERS:
+        if module == "pyramid_async.tries" and frame.f_code.co_name in CALLERS:
             return True
         if module.partition(".")[0] in GUARDED:
             return False

@@ -112,7 +112,7 @@ class RamStore:
             self.connections.know(obj._p_jar.db())
             return reference
 
-        # Copies, or else an attempt would find what an earlier one made of its arguments.
+        # Copies, or else a try would find what an earlier one made of its arguments.
         return map_references(value, refer_to, (Persistent, PersistentContext), copies=True)
 
     def size(self, payload: Any) -> int | None:

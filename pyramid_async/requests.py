@@ -12,8 +12,8 @@ from pyramid.request import Request
 from pyramid.threadlocal import manager as threadlocals
 from pyramid.traversal import DefaultRootFactory
 
-from .attempt import Surroundings
 from .jobs import JobRecord
+from .tries import Surroundings
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def origin_of(request: Any) -> tuple[str, ...]:
 
 
 class RequestSurroundings(Surroundings):
-    """What an attempt runs in, in a Pyramid application.
+    """What a try runs in, in a Pyramid application.
 
     ``request.tm`` is made as pyramid_tm makes it, so ``tm.manager_hook`` is honoured; the
     transaction begins before the application's code sees the request.

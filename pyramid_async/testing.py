@@ -25,12 +25,12 @@ from transaction.interfaces import TransientError
 from ZODB.POSException import ConflictError
 from zope.interface import implementer
 
-from .attempt import Attempt, end_transaction
 from .interfaces import IExecutor, IScheduler, JobInterrupted, JobNotFound
 from .jobs import FRESH, JobRecord, JobStatus
 from .recovery import Recovery
 from .scheduler import Scheduler
 from .transactional import manager_itself, transact
+from .tries import Try, end_transaction
 
 # What ends a job that raises it, and nothing else.
 ORDINARY = (Exception, JobInterrupted, SystemExit, CancelledError)
@@ -570,8 +570,8 @@ class _Witness:
     tpc_begin = commit = abort = tpc_abort = rollback = nothing
 
 
-class _FaultyAttempt(Attempt):
-    """An attempt whose steps go wrong as a plan says."""
+class _FaultyTry(Try):
+    """A try whose steps go wrong as a plan says."""
 
     def __init__(self, plan: Plan, *args: Any) -> None:
         super().__init__(*args)
@@ -598,7 +598,7 @@ class _FaultyAttempt(Attempt):
 
 def _install(plan: Plan, scheduler: Scheduler, undo: ExitStack) -> None:
     worker, store, executor = scheduler.worker, scheduler.store, scheduler.executor
-    _replace(undo, worker, attempt=partial(_FaultyAttempt, plan))
+    _replace(undo, worker, make_try=partial(_FaultyTry, plan))
     for step, name in (("claim", "_take"), ("fail", "_record_failure"), ("release", "_release")):
         _replace(undo, worker, **{name: partial(plan.writing, step, getattr(worker, name))})
     _replace(undo, store, table=partial(plan.table, store.table))

@@ -20,11 +20,11 @@ from typing import Any
 import transaction
 from zope.interface import implementer
 
-from .attempt import end_transaction
 from .current import running
 from .interfaces import IExecutor
 from .jobs import FRESH
 from .process import Exit
+from .tries import end_transaction
 from .worker import GIVE_BACK
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Run one job: claim, attempt, try again, record a failure; the same for every executor."""
+"""Run one job: claim, try, try again, record a failure; the same for every executor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from typing import Any
 
 from transaction.interfaces import TransientError
 
-from .attempt import LASTING, Attempt, Gone, NotDue, NotOurs, Passing, Surroundings, Unreliable
 from .current import Job
 from .failures import failure_of, members
 from .interfaces import JobDismissed, JobInterrupted, JobStopped, JobTaken
@@ -33,13 +32,14 @@ from .jobs import (
 )
 from .process import Changes
 from .transactional import transact
+from .tries import LASTING, Gone, NotDue, NotOurs, Passing, Surroundings, Try, Unreliable
 
 log = logging.getLogger(__name__)
 
 # Longest time that a stop takes beyond its deadline, to give back what still runs, seconds.
 GIVE_BACK = 1.0
 
-# Longest pause between two attempts at a conflicting commit, seconds.
+# Longest pause between two tries at a conflicting commit, seconds.
 LONGEST_PAUSE = 5.0
 
 # Pause of who cannot reach the database before the next job, seconds: it would take one after the
@@ -54,13 +54,15 @@ REMEMBERED = 100
 
 
 class Worker:
-    """Runs the jobs of one store, one attempt after the other; thread-safe.
+    """Runs the jobs of one store: `run` is an attempt at one, of as many tries as conflicts take.
+
+    Thread-safe.
 
     ``running`` tells what is being run by this process: sid -> `~pyramid_async.current.Job`.
     ``later(when, sid)`` is called for a job that must wait, and wakes it.
     """
 
-    attempt: Callable[..., Attempt] = Attempt  # replaced by tests that inject faults
+    make_try: Callable[..., Try] = Try  # replaced by tests that inject faults
 
     def __init__(
         self,
@@ -265,32 +267,30 @@ class Worker:
             time.sleep(pause)
 
     def _try(self, job: Job, conflicts: Conflicts) -> float | None:
-        """Make one attempt; return the seconds until the next one, or None: there is none."""
-        attempt = self.attempt(job, self.store, self.result_timeout, self.tell)
+        """Try once; return the seconds until the next try, or None: there is none."""
+        this = self.make_try(job, self.store, self.result_timeout, self.tell)
         try:
             if conflicts.tried:
-                job.check()  # first: a database that is away keeps each attempt waiting
-            attempt.run(self.surroundings())
+                job.check()  # first: a database that is away keeps each try waiting
+            this.run(self.surroundings())
         except BaseException as error:
-            return self._end(attempt, error, conflicts)
-        return self._end(attempt, None, conflicts)
+            return self._end(this, error, conflicts)
+        return self._end(this, None, conflicts)
 
-    def _end(
-        self, attempt: Attempt, error: BaseException | None, conflicts: Conflicts
-    ) -> float | None:
-        job = attempt.job
+    def _end(self, this: Try, error: BaseException | None, conflicts: Conflicts) -> float | None:
+        job = this.job
         with job.ending:
             if job.over:
                 return None  # `fail` has recorded and told it
-            pause = self._conclude(attempt, error, conflicts)
+            pause = self._conclude(this, error, conflicts)
             job.over = pause is None
         return pause
 
     def _conclude(
-        self, attempt: Attempt, error: BaseException | None, conflicts: Conflicts
+        self, this: Try, error: BaseException | None, conflicts: Conflicts
     ) -> float | None:
-        """Record and tell how an attempt ended, or return the seconds until the next one."""
-        job = attempt.job
+        """Record and tell how the attempt ended, or return the seconds until its next try."""
+        job = this.job
         match error:
             case None:
                 self.tell(job.sid, SUCCESSFUL)
@@ -299,10 +299,10 @@ class Worker:
             case NotDue():
                 self.later(error.args[0], job.sid)
             case TransientError():
-                elapsed = time.monotonic() - attempt.since
+                elapsed = time.monotonic() - this.since
                 pause = conflicts.pause(job.checkpoints, elapsed, error)
                 if pause is None:
-                    self._after_last(attempt, error)
+                    self._after_last(this, error)
                 else:
                     why = self.store.explain(error)
                     log.info("job %r: again in %.2f s after %s", job.sid, pause, why)
@@ -315,18 +315,18 @@ class Worker:
             case JobStopped():
                 self._give_back(job, error)
             case _:
-                self._fail(job, error, attempt.failure)
+                self._fail(job, error, this.failure)
         return None
 
-    def _after_last(self, attempt: Attempt, error: TransientError) -> None:
+    def _after_last(self, this: Try, error: TransientError) -> None:
         """Fail a job that met too many conflicts."""
-        if not attempt.record_read:
+        if not this.record_read:
             # No fault of the job, which the storage did not even let begin.
-            self._give_back(attempt.job, error)
+            self._give_back(this.job, error)
         elif isinstance(error, Passing):
-            self._fail(attempt.job, error.__cause__ or error)
+            self._fail(this.job, error.__cause__ or error)
         else:
-            self._fail(attempt.job, error, failure_of(error, self.store.explain(error)))
+            self._fail(this.job, error, failure_of(error, self.store.explain(error)))
 
     def _give_back(self, job: Job, why: Any) -> None:
         log.info("job %r is given back: %r", job.sid, why)
@@ -474,7 +474,7 @@ def doubled(times: int) -> float:
 class Conflicts:
     """How often a job may still be tried; anew after each checkpoint.
 
-    *limit*: attempts that end in conflicts.  Of those that a storage spoils there are 3.
+    *limit*: tries that end in conflicts.  Of those that a storage spoils there are 3.
     """
 
     def __init__(self, limit: int) -> None:
@@ -483,9 +483,9 @@ class Conflicts:
         self.checkpoints = 0
 
     def pause(self, checkpoints: int, elapsed: float, error: TransientError) -> float | None:
-        """Return the seconds to wait before the next attempt, or None after the last.
+        """Return the seconds to wait before the next try, or None after the last.
 
-        Full jitter.  The longer an attempt takes, the more likely the next one meets the same
+        Full jitter.  The longer a try takes, the more likely the next one meets the same
         rival again; so its duration is the unit of the pauses.
         """
         if checkpoints != self.checkpoints:

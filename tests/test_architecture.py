@@ -39,9 +39,9 @@ MAP = {
         "BTrees persistent ZODB zope",
     ),
     "failures": ("interfaces jobs", ""),
-    "attempt": ("interfaces jobs transactional current failures", "transaction ZODB"),
-    "worker": ("interfaces jobs process transactional current failures attempt", "transaction"),
-    "threads": ("interfaces jobs process current attempt worker", "transaction zope"),
+    "tries": ("interfaces jobs transactional current failures", "transaction ZODB"),
+    "worker": ("interfaces jobs process transactional current failures tries", "transaction"),
+    "threads": ("interfaces jobs process current tries worker", "transaction zope"),
     "timers": ("process", ""),
     "recovery": ("interfaces jobs process timers transactional", "persistent transaction ZODB"),
     "standalone": ("current zodb worker threads recovery", ""),
@@ -50,7 +50,7 @@ MAP = {
         "persistent transaction zope",
     ),
     # From here on Pyramid is known.
-    "requests": ("jobs attempt", "pyramid pyramid_tm"),
+    "requests": ("jobs tries", "pyramid pyramid_tm"),
     "documents": ("interfaces jobs", "pyramid"),
     "cors": ("interfaces", "pyramid"),
     "inputs": ("documents", ""),
@@ -76,13 +76,13 @@ MAP = {
     "prefork": ("interfaces", ""),
     # Nobody imports these.
     "celery": (
-        "interfaces jobs application transactional attempt worker settings bells consumer hints"
+        "interfaces jobs application transactional tries worker settings bells consumer hints"
         " prefork",
         "billiard celery click pyramid transaction zope",
     ),
     "cli": ("interfaces jobs documents manage config", "pyramid zc"),
     "testing": (
-        "interfaces jobs transactional attempt recovery scheduler",
+        "interfaces jobs transactional tries recovery scheduler",
         "transaction ZODB zope",
     ),
 }

@@ -56,7 +56,6 @@ from zope.interface.verify import verifyObject
 
 from pyramid_async import IJobFinished, IScheduler, JobStopped, JobTimeout, bells, current_job
 from pyramid_async import celery as module
-from pyramid_async.attempt import storage_at_work
 from pyramid_async.bells import AGAIN, BELL, Bells, Ring, connect
 from pyramid_async.celery import bell
 from pyramid_async.consumer import Unreadable, purge, take_bells_alone
@@ -67,6 +66,7 @@ from pyramid_async.manage import look, shown_processes
 from pyramid_async.prefork import Signals, in_function
 from pyramid_async.settings import read_settings
 from pyramid_async.transactional import pending
+from pyramid_async.tries import storage_at_work
 from pyramid_async.worker import GIVE_BACK, LEFT_PAUSE
 
 DEPLOYMENT = Path(__file__).parent / "deployment"

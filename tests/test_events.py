@@ -154,7 +154,7 @@ def test_start_is_told_once_in_spite_of_conflicts(wait_for):
         web.app.registry.registerHandler(lambda event: seen.append(event.status), [IJobStarted])
         web.scheduler.worker.conflict_attempts = 3
         conflicts = iter([True, True, False])
-        original = type(web.scheduler.worker).attempt
+        original = type(web.scheduler.worker).make_try
 
         class Conflicting(original):
             def _commit(self):
@@ -162,7 +162,7 @@ def test_start_is_told_once_in_spite_of_conflicts(wait_for):
                     raise transaction.interfaces.TransientError("a rival")
                 super()._commit()
 
-        web.scheduler.worker.attempt = Conflicting
+        web.scheduler.worker.make_try = Conflicting
         assert web.finished(echo, "x")[1]["result"] == "x"
         assert seen == ["running"]
 

@@ -13,12 +13,12 @@ from transaction.interfaces import TransientError
 from ZODB.POSException import ConflictError, POSKeyError, ReadConflictError
 
 from pyramid_async import current_job
-from pyramid_async.attempt import Unreliable
 from pyramid_async.interfaces import NotSchedulable, SchedulerFull
 from pyramid_async.jobs import OPTIONS, Options
 from pyramid_async.ram import RamStore
 from pyramid_async.scheduler import Caller, Scheduler
 from pyramid_async.standalone import executor_for
+from pyramid_async.tries import Unreliable
 from pyramid_async.worker import Worker
 from pyramid_async.zodb import ZodbStore
 

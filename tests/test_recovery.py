@@ -34,7 +34,6 @@ from ZEO.Exceptions import ClientDisconnected
 from ZODB.POSException import ConflictError
 
 from pyramid_async import current_job, manage, recovery
-from pyramid_async.attempt import Attempt
 from pyramid_async.current import Job
 from pyramid_async.hints import Hints
 from pyramid_async.interfaces import JobTaken
@@ -43,6 +42,7 @@ from pyramid_async.recovery import ARCHIVE_AFTER, Sign
 from pyramid_async.scheduler import Scheduler
 from pyramid_async.standalone import executor_for
 from pyramid_async.transactional import transact
+from pyramid_async.tries import Try
 from pyramid_async.worker import Worker
 from pyramid_async.zodb import BATCH, HAUNTED, ZodbStore, ZodbTable
 
@@ -570,7 +570,7 @@ def outage(request):
     """A kind of attempt that cannot read the record; it counts how often it tries."""
     error, most = OUTAGES[request.param]
 
-    class Away(Attempt):
+    class Away(Try):
         tried, expected = 0, most
 
         def _read(self):
@@ -590,14 +590,14 @@ def test_job_that_an_outage_kept_from_its_beginning_is_given_back(
     sid = one.plant(note, key)
     seen = one.die(sid) if claimed else FRESH
     before = one.status(sid).attempts
-    one.worker.attempt = outage
+    one.worker.make_try = outage
     one.worker.run(sid, seen)
     assert outage.tried == outage.expected
     status = one.status(sid)
     assert (status.status, status.attempts, status.failure) == ("accepted", before, None)
     assert (one.told, "errorID" in caplog.text) == ([], False)
     assert f"job {sid!r} is given back" in caplog.text
-    one.worker.attempt = Attempt
+    one.worker.make_try = Try
     one.recovery.look()
     one.wait(sid)
     assert (CALLS[key], one.told) == ([before + 1], [(sid, "successful")])
@@ -607,8 +607,8 @@ def test_job_whose_last_attempts_met_an_outage_is_given_back_too(machines, key, 
     one = machines.process()
     one.worker.conflict_attempts = 4
     sid = one.plant(conflict_before_an_outage, key)
-    attempts = iter([Attempt])
-    one.worker.attempt = lambda *args: next(attempts, outage)(*args)
+    tries = iter([Try])
+    one.worker.make_try = lambda *args: next(tries, outage)(*args)
     one.worker.run(sid)
     assert (CALLS[key], one.status(sid).status, one.told) == ([1], "accepted", [])
 
@@ -623,7 +623,7 @@ def test_job_that_is_told_to_stop_in_an_outage_is_not_tried_again(machines, key,
             one.worker.interrupt_all("the process stops")
             super()._read()
 
-    one.worker.attempt = Stopped
+    one.worker.make_try = Stopped
     one.worker.run(sid)
     assert (Stopped.tried, one.status(sid).status, one.told) == (1, "accepted", [])
     assert f"job {sid!r} is given back" in caplog.text

@@ -578,7 +578,7 @@ def test_everything_is_as_it_was_after_the_block(registry, scheduler):
         executor, worker, store = scheduler.executor, scheduler.worker, scheduler.store
         names = {name: set(vars(owner)) for name, owner in (("worker", worker), ("store", store))}
         return (
-            *(executor, executor.room(), executor.wake, worker.later, worker.attempt),
+            *(executor, executor.room(), executor.wake, worker.later, worker.make_try),
             *(worker.surroundings, store.clock, store.table, names),
         )
 

@@ -36,7 +36,6 @@ from webapp import GATES, Barrier, behind_gate, gate, pool_warnings
 from zope.interface.verify import verifyObject
 
 from pyramid_async import IScheduler, JobStopped, current_job
-from pyramid_async.attempt import Surroundings
 from pyramid_async.interfaces import IExecutor
 from pyramid_async.jobs import FRESH, UNHELD
 from pyramid_async.process import Exit
@@ -48,6 +47,7 @@ from pyramid_async.scheduler import (
 from pyramid_async.standalone import executor_for
 from pyramid_async.threads import exit_on_sigterm, stop_all, stop_together
 from pyramid_async.transactional import pending
+from pyramid_async.tries import Surroundings
 from pyramid_async.worker import Worker
 from pyramid_async.zodb import OpenedBeforeFork
 
@@ -1389,7 +1389,7 @@ def test_child_that_a_job_forks_does_not_go_on_in_our_code(child, status, logged
     run = python(
         f"""
         import logging, os, sys
-        from pyramid_async.attempt import call_function
+        from pyramid_async.tries import call_function
 
         logging.basicConfig(stream=sys.stdout, format="%(message)s")
 

@@ -25,7 +25,7 @@ from ZODB.blob import Blob
 from ZODB.DemoStorage import DemoStorage
 from ZODB.POSException import ConflictError
 
-import pyramid_async.attempt
+import pyramid_async.tries
 import pyramid_async.worker
 from pyramid_async import (
     FileResult,
@@ -36,11 +36,11 @@ from pyramid_async import (
     OperationFailed,
     current_job,
 )
-from pyramid_async.attempt import Attempt, Surroundings
 from pyramid_async.failures import TEXT_LIMIT, TRACEBACK_LIMIT, members
 from pyramid_async.interfaces import JobTaken, NotSchedulable
 from pyramid_async.jobs import ACCEPTED, RUNNING, UNHELD, Live
 from pyramid_async.recovery import Sign
+from pyramid_async.tries import Surroundings, Try
 from pyramid_async.worker import LEFT_PAUSE, LONGEST_DELAY, LONGEST_PAUSE
 from pyramid_async.zodb import ZodbStore
 
@@ -403,7 +403,7 @@ def pauses(monkeypatch):
 
     clock = SimpleNamespace(monotonic=monotonic, sleep=slept.append)
     monkeypatch.setattr(pyramid_async.worker, "random", SimpleNamespace(uniform=uniform))
-    for module in (pyramid_async.attempt, pyramid_async.worker):
+    for module in (pyramid_async.tries, pyramid_async.worker):
         monkeypatch.setattr(module, "time", clock)
     return fake
 
@@ -1856,9 +1856,9 @@ def test_what_a_later_bell_claims_the_attempt_of_the_first_one_cannot_commit(bel
     def let_the_first_end(*args):
         GATES[at].opened.set()
         thread.join(10)
-        return Attempt(*args)
+        return Try(*args)
 
-    other.worker.attempt = let_the_first_end
+    other.worker.make_try = let_the_first_end
     other.worker.run(sid, UNHELD)
     assert bells.root(lambda root: root["n"]) == 1
     assert (bells.told, other.told) == ([], [(sid, "successful")])

@@ -8,9 +8,9 @@ from __future__ import annotations
 import random
 import time
 
-from pyramid_async.attempt import Attempt
 from pyramid_async.jobs import JobRecord
 from pyramid_async.recovery import Recovery
+from pyramid_async.tries import Try
 
 DROPPED = 0.05
 DOUBLED = 0.05
@@ -38,7 +38,7 @@ def take_the_fence_out():
 
 def commit_twice():
     """Commit a job's effects first and its status in a second transaction."""
-    succeed = Attempt._succeed
+    succeed = Try._succeed
 
     def effects_then_status(self, value):
         self._commit()
@@ -46,7 +46,7 @@ def commit_twice():
         self._begin()
         succeed(self, value)
 
-    Attempt._succeed = effects_then_status
+    Try._succeed = effects_then_status
 
 
 def rescue_nothing():

@@ -1,4 +1,7 @@
-"""One attempt at a job: begin, load, call, record, commit, all in one transaction."""
+"""One try at a job: begin, load, call, record, commit, all in one transaction.
+
+After a conflict another try follows.  All of them are one *attempt*, which the record counts.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ T = TypeVar("T")
 
 
 class Surroundings:
-    """What an attempt runs in, without a web framework: the thread's own transaction.
+    """What a try runs in, without a web framework: the thread's own transaction.
 
     `~pyramid_async.requests.RequestSurroundings` is the other kind.
     """
@@ -82,14 +85,14 @@ def end_transaction(tm: Any) -> None:
 
 
 class Passing(AsyncError, TransientError):
-    """A data manager says that the next attempt may succeed (why), as of a deadlock in SQL."""
+    """A data manager says that the next try may succeed (why), as of a deadlock in SQL."""
 
     def __str__(self) -> str:
         return f"this may pass: {self.args[0]}"
 
 
 class Unreliable(Passing):
-    """The storage failed, so the outcome of the attempt cannot be trusted (why)."""
+    """The storage failed, so the outcome of the try cannot be trusted (why)."""
 
     def __str__(self) -> str:
         return f"the storage failed: {self.args[0]}"
@@ -99,14 +102,14 @@ class Gone(Unreliable):
     """An object is gone, as after a pack (why); it may be gone for good."""
 
 
-# Errors that the next attempt would meet again: of the job's data, not of the storage.
+# Errors that the next try would meet again: of the job's data, not of the storage.
 LASTING = (
     AttributeError,
     DoomedTransaction,
     EOFError,
     ImportError,
     InvalidObjectReference,
-    LookupError,  # POSKeyError too, which a function may expect; see `Attempt.run`
+    LookupError,  # POSKeyError too, which a function may expect; see `Try.run`
     PicklingError,
     StateLoadError,  # which we expect too, of another version's records and signs of life
     TypeError,
@@ -125,13 +128,13 @@ def storage_at_work(step: Callable[[Any], T]) -> Callable[[Any], T]:
     """
 
     @wraps(step)
-    def call(attempt: Any) -> T:
+    def call(this: Any) -> T:
         try:
-            return step(attempt)
+            return step(this)
         except TRUE_ERRORS:
             raise
         except Exception as error:
-            kind = Passing if attempt.may_pass(error) else Unreliable
+            kind = Passing if this.may_pass(error) else Unreliable
             raise kind(repr(error)) from error
 
     return call
@@ -145,11 +148,8 @@ class NotDue(Exception):
     """The job is not to run before a moment, the argument."""
 
 
-class Attempt:
-    """One try; everything is read anew, so it finds what an earlier one committed.
-
-    The record counts those that follow one another after conflicts as one attempt.
-    """
+class Try:
+    """One try of an attempt; everything is read anew, so it finds what an earlier one committed."""
 
     def __init__(
         self,
@@ -202,7 +202,7 @@ class Attempt:
             self.surroundings.end()
 
     def _passing(self, error: BaseException) -> Passing | None:
-        """Return what stands for an error that the next attempt may not meet, or None."""
+        """Return what stands for an error that the next try may not meet, or None."""
         if self.unread is not None:
             return Unreliable(repr(self.unread))
         if any(isinstance(each, POSKeyError) for each in members(error)):
@@ -306,7 +306,7 @@ class Attempt:
         self.surroundings.tm.commit()
 
     def may_pass(self, error: BaseException) -> bool:
-        """Ask the data managers whether the next attempt may succeed; before the abort."""
+        """Ask the data managers whether the next try may succeed; before the abort."""
         txn = pending(self.surroundings.tm)
         return txn is not None and bool(txn.isRetryableError(error))
 
