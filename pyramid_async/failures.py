@@ -1,10 +1,14 @@
-"""What is kept of an exception, and what is in one."""
+"""What is known of an exception: what is in it, what is kept of it, whether it would come again."""
 
 from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator
+from pickle import PicklingError, UnpicklingError
 from secrets import token_hex
+
+from transaction.interfaces import DoomedTransaction
+from ZODB.POSException import InvalidObjectReference, StateLoadError
 
 from .interfaces import OperationFailed
 from .jobs import Failure
@@ -12,6 +16,21 @@ from .jobs import Failure
 # Characters that are kept of an exception: an error may quote a whole document.
 TEXT_LIMIT = 8_000
 TRACEBACK_LIMIT = 32_000
+
+# Errors that the next try would meet again: of the job's data, not of the storage.
+LASTING = (
+    AttributeError,
+    DoomedTransaction,
+    EOFError,
+    ImportError,
+    InvalidObjectReference,
+    LookupError,  # POSKeyError too, which a function may expect; see `Try`
+    PicklingError,
+    StateLoadError,  # which we expect too, of another version's records and signs of life
+    TypeError,
+    UnpicklingError,
+    ValueError,
+)
 
 
 def members(error: BaseException) -> Iterator[BaseException]:

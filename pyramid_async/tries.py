@@ -13,18 +13,17 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from functools import partial, wraps
-from pickle import PicklingError, UnpicklingError
+from functools import wraps
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import Any, NoReturn, TypeVar
 
 import transaction
-from transaction.interfaces import DoomedTransaction, TransientError
+from transaction.interfaces import TransientError
 from ZODB.blob import Blob
-from ZODB.POSException import InvalidObjectReference, POSKeyError, StateLoadError
+from ZODB.POSException import POSKeyError
 
 from .current import Job, running
-from .failures import failure_of, members
+from .failures import LASTING, failure_of, members
 from .interfaces import (
     AsyncError,
     JobDismissed,
@@ -44,6 +43,7 @@ from .jobs import (
     name_of,
 )
 from .transactional import flush, manager_itself, mark, pending
+from .watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -102,21 +102,6 @@ class Gone(Unreliable):
     """An object is gone, as after a pack (why); it may be gone for good."""
 
 
-# Errors that the next try would meet again: of the job's data, not of the storage.
-LASTING = (
-    AttributeError,
-    DoomedTransaction,
-    EOFError,
-    ImportError,
-    InvalidObjectReference,
-    LookupError,  # POSKeyError too, which a function may expect; see `Try.run`
-    PicklingError,
-    StateLoadError,  # which we expect too, of another version's records and signs of life
-    TypeError,
-    UnpicklingError,
-    ValueError,
-)
-
 # What a storage raises that says what it means.
 TRUE_ERRORS = (TransientError, AsyncError, *LASTING)
 
@@ -165,9 +150,7 @@ class Try:
         self.since = time.monotonic()  # when it began
         self.record_read = False
         self.failure: Failure | None = None  # what is kept of what the function raised
-        self.unread: Exception | None = None  # what a load of an object raised
-        self._watched: list[Any] = []  # connections
-        self._unwritten: list[Any] = []  # objects that changed where there was no transaction
+        self.watch = Watch()
 
     def run(self, surroundings: Any) -> None:
         """Call the function and commit effects, result and status together.
@@ -183,7 +166,7 @@ class Try:
                 raise NotDue(record.run_after)
             self.record_read = True
             self.job.request = self.surroundings.prepare(record)
-            self._watch(self.table.connection)
+            self.watch.begin(self.table.connection)
             value = self._call(record)
             self._succeed(value)
             self._commit()
@@ -197,14 +180,14 @@ class Try:
             self.failure = failure_of(error)
             raise
         finally:
-            self._unwatch()
+            self.watch.end()
             self.job.commit_checkpoint = too_late  # else both would wait for the collector
             self.surroundings.end()
 
     def _passing(self, error: BaseException) -> Passing | None:
         """Return what stands for an error that the next try may not meet, or None."""
-        if self.unread is not None:
-            return Unreliable(repr(self.unread))
+        if self.watch.unread is not None:
+            return Unreliable(repr(self.watch.unread))
         if any(isinstance(each, POSKeyError) for each in members(error)):
             # A pack may have taken what the transaction still sees; the next one does not.
             return Gone(repr(error))
@@ -299,9 +282,10 @@ class Try:
 
     @storage_at_work
     def _commit(self) -> None:
-        if self.unread is not None:
+        unread = self.watch.unread
+        if unread is not None:
             # A function that swallows a ReadConflictError has seen half of the truth.
-            raise Unreliable(repr(self.unread)) from self.unread
+            raise Unreliable(repr(unread)) from unread
         flush(self.surroundings.tm.get())
         self.surroundings.tm.commit()
 
@@ -309,48 +293,6 @@ class Try:
         """Ask the data managers whether the next try may succeed; before the abort."""
         txn = pending(self.surroundings.tm)
         return txn is not None and bool(txn.isRetryableError(error))
-
-    # -- loads that fail
-
-    def _watch(self, connection: Any) -> None:
-        if connection is None or connection in self._watched:
-            return
-        self._watched.append(connection)
-        kind = type(connection)
-        connection.setstate = partial(self._load, kind.setstate, connection)
-        connection.get = partial(self._load, kind.get, connection)
-        connection.get_connection = partial(self._connection, kind.get_connection, connection)
-        connection.register = partial(self._register, kind.register, connection)
-
-    def _unwatch(self) -> None:
-        for connection in self._watched:
-            del connection.setstate, connection.get, connection.get_connection, connection.register
-        for obj in self._unwritten:
-            obj._p_invalidate()
-
-    def _connection(self, method: Any, connection: Any, name: str) -> Any:
-        """Return the connection to another database, which is watched too."""
-        found = method(connection, name)
-        self._watch(found)
-        return found
-
-    def _load(self, method: Any, connection: Any, argument: Any) -> Any:
-        try:
-            return method(connection, argument)
-        except LASTING:
-            raise  # the function may expect it, and it tells the truth
-        except Exception as error:
-            self.unread = error
-            raise
-
-    def _register(self, method: Any, connection: Any, obj: Any) -> None:
-        try:
-            method(connection, obj)
-        except Exception:
-            # Mappings and trees have changed by now, and no abort knows of it: who gets the
-            # connection from its pool next would see that, and commit it some day.
-            self._unwritten.append(obj)
-            raise
 
 
 def too_late(cursor: Any) -> None:

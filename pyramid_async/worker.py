@@ -15,7 +15,7 @@ from typing import Any
 from transaction.interfaces import TransientError
 
 from .current import Job
-from .failures import failure_of, members
+from .failures import LASTING, failure_of, members
 from .interfaces import JobDismissed, JobInterrupted, JobStopped, JobTaken
 from .jobs import (
     ACCEPTED,
@@ -32,7 +32,7 @@ from .jobs import (
 )
 from .process import Changes
 from .transactional import transact
-from .tries import LASTING, Gone, NotDue, NotOurs, Passing, Surroundings, Try, Unreliable
+from .tries import Gone, NotDue, NotOurs, Passing, Surroundings, Try, Unreliable
 
 log = logging.getLogger(__name__)
 
