@@ -382,20 +382,20 @@ class ZodbTable:
         return f"process {process} ({seen})"
 
     def runner(self, record: JobRecord) -> str | None:
-        if record.done:
-            return None
-        signs = (
-            self.signs() if record.holder is None else [(record.holder, self.sign(record.holder))]
-        )
-        for process, sign in signs:
-            live = sign and sign.running.get(record.sid)
-            if live is not None and live.shows(record):
-                return process
-        return None
+        return self._shown(record)[0]
 
     def live(self, record: JobRecord) -> Any:
-        process = self.runner(record)
-        return process and self.sign(process).running[record.sid]
+        return self._shown(record)[1]
+
+    def _shown(self, record: JobRecord) -> tuple[str | None, Any]:
+        """Return the process that shows that it runs the job, and what it shows of it."""
+        holder = record.holder
+        if not record.done:
+            for process, sign in self.signs() if holder is None else [(holder, self.sign(holder))]:
+                live = sign and sign.running.get(record.sid)
+                if live is not None and live.shows(record):
+                    return process, live
+        return None, None
 
     def archive_all(self, sids: list[str]) -> None:
         for sid in sids:
