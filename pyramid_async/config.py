@@ -16,6 +16,7 @@ from pyramid.tweens import EXCVIEW
 from . import client, jsonrpc, openapi, pages, views
 from .application import add_application, will_fork
 from .current import current_job
+from .exits import exit_on_sigterm, heed_mod_wsgi
 from .interfaces import (
     IExecutorFactory,
     IScheduler,
@@ -32,7 +33,7 @@ from .recovery import add_recovery
 from .requests import RequestSurroundings, origin_of
 from .scheduler import Caller, Operation, RequestIds, Scheduler
 from .settings import BadSetting, read_settings
-from .threads import ThreadExecutor, exit_on_sigterm, heed_mod_wsgi
+from .threads import ThreadExecutor
 from .waiting import note_transaction
 from .worker import Worker
 from .zodb import AFTER_FORK, OpenedBeforeFork, ZodbStore

@@ -15,12 +15,6 @@ from weakref import WeakSet, WeakValueDictionary
 _drawn: dict[int, list[str]] = {}
 
 
-class Exit:
-    """Whether the process was told to exit; no Event, for a signal handler must take no lock."""
-
-    asked = False
-
-
 def new_id() -> str:
     """Return 128 bits from `secrets`, in hexadecimal.
 

@@ -8,8 +8,9 @@ from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary, WeakSet
 
 from .current import current_job
+from .exits import stop_together
 from .recovery import add_recovery
-from .threads import ThreadExecutor, stop_together
+from .threads import ThreadExecutor
 from .worker import Worker
 from .zodb import ZodbStore
 

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from .documents import problem
+from .exits import Exit
 from .inputs import digits, parameters
 from .interfaces import IScheduler
 from .jobs import JobStatus
-from .process import Exit
 
 # Seconds after which a waiter looks again: other processes tell nothing, and clients leave.
 LOOK = 0.5

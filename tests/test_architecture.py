@@ -32,6 +32,7 @@ MAP = {
     "process": ("", ""),
     "application": ("interfaces", ""),
     "current": ("interfaces jobs process", ""),
+    "exits": ("current", ""),
     "ram": ("interfaces jobs process conflicts connections context", "persistent ZODB zope"),
     "zeo": ("", ""),
     "zodb": (
@@ -42,10 +43,10 @@ MAP = {
     "watch": ("failures", ""),
     "tries": ("interfaces jobs transactional current failures watch", "transaction ZODB"),
     "worker": ("interfaces jobs process transactional current failures tries", "transaction"),
-    "threads": ("interfaces jobs process current tries worker", "transaction zope"),
+    "threads": ("interfaces jobs exits tries worker", "transaction zope"),
     "timers": ("process", ""),
     "recovery": ("interfaces jobs process timers transactional", "persistent transaction ZODB"),
-    "standalone": ("current zodb worker threads recovery", ""),
+    "standalone": ("current exits zodb worker threads recovery", ""),
     "scheduler": (
         "interfaces jobs process transactional ram zodb worker standalone",
         "persistent transaction zope",
@@ -56,7 +57,7 @@ MAP = {
     "cors": ("interfaces", "pyramid"),
     "inputs": ("documents", ""),
     "resources": ("interfaces documents inputs cors", "pyramid transaction"),
-    "waiting": ("interfaces jobs process documents inputs", ""),
+    "waiting": ("interfaces jobs exits documents inputs", ""),
     "results": ("jobs documents", "pyramid"),
     "listing": ("jobs documents inputs", ""),
     "views": (
@@ -291,9 +292,9 @@ def test_the_check_sees_what_an_import_starts(tmp_path, source, effect):
 
 # -- the contracts are whole ---------------------------------------------------------------
 
-# These know their stores: they define, make or imitate one.
+# These know their stores and executors: they define, make, imitate or stop one.
 KNOW_STORES = {"ram", "zodb", "config", "testing"}
-KNOW_EXECUTORS = {"threads", "celery"}
+KNOW_EXECUTORS = {"threads", "exits", "celery"}
 
 
 @pytest.mark.parametrize("kind", ["ram", "zodb"])

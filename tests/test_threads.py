@@ -36,16 +36,15 @@ from webapp import GATES, Barrier, behind_gate, gate, pool_warnings
 from zope.interface.verify import verifyObject
 
 from pyramid_async import IScheduler, JobStopped, current_job
+from pyramid_async.exits import Exit, exit_on_sigterm, stop_all, stop_together
 from pyramid_async.interfaces import IExecutor
 from pyramid_async.jobs import FRESH, UNHELD
-from pyramid_async.process import Exit
 from pyramid_async.scheduler import (
     Caller,
     PersistentTransactionalScheduler,
     TransactionalScheduler,
 )
 from pyramid_async.standalone import executor_for
-from pyramid_async.threads import exit_on_sigterm, stop_all, stop_together
 from pyramid_async.transactional import pending
 from pyramid_async.tries import Surroundings
 from pyramid_async.worker import Worker
@@ -921,7 +920,7 @@ PROGRAM = """
     import asyncio, os, signal, sys, threading, time, transaction
     from pyramid_async import current_job
     from pyramid_async.scheduler import TransactionalScheduler
-    from pyramid_async.threads import exit_on_sigterm
+    from pyramid_async.exits import exit_on_sigterm
 
     begun, never = threading.Event(), threading.Event()  # the second is never set
 
@@ -1128,7 +1127,7 @@ def test_sigterm_ends_a_child_of_multiprocessing_at_once():
     run = python(
         """
         import multiprocessing, time
-        from pyramid_async.threads import exit_on_sigterm
+        from pyramid_async.exits import exit_on_sigterm
 
         def deaf(begun):
             try:

@@ -37,7 +37,7 @@ from webapp import (
     tell_later,
 )
 
-from pyramid_async.process import Exit
+from pyramid_async.exits import Exit
 from pyramid_async.scheduler import Scheduler
 from pyramid_async.zodb import ZodbTable
 
