@@ -175,7 +175,7 @@ class CeleryExecutor:
         """
         if seen == UNHELD:
             if not self.bells.rung(sid):
-                self._ring(sid, queue, AGAIN, self.recovery.unbegun, self.recovery.viewed)
+                self._ring(sid, queue, AGAIN, self.recovery.unbegun, self.recovery.leases.viewed)
         elif seen == FRESH:
             self._ring(sid, self._queue_of(sid), AGAIN)
         elif self.worker.free(sid, seen):
@@ -256,7 +256,7 @@ class CeleryExecutor:
         try:
             self.worker.give_back_running()
             self._pass_on_timers()
-            self.recovery.leave()
+            self.recovery.pulse.leave()
         except Exception:
             # Recovery finds them by the lease.
             log.exception("jobs could not be given back: %s", ", ".join(self.held))

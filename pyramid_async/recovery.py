@@ -11,20 +11,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from persistent import Persistent
 from transaction.interfaces import TransientError
 from ZODB.POSException import ConflictError
 
 from .interfaces import JobTaken
-from .jobs import ACCEPTED, FRESH, UNHELD, JobRecord, Live
-from .process import process_name, renew_in_children
+from .jobs import ACCEPTED, FRESH, UNHELD, JobRecord
+from .process import renew_in_children
+from .signs import Leases, Pulse, Sign, remove_signs
 from .timers import Timers
 from .transactional import transact
 
 log = logging.getLogger(__name__)
-
-# What has run this long is shown to other processes at once, seconds.
-SHOWN_AFTER = 1.0
 
 # A finished record stays this long among the unfinished ones, seconds: a result that is
 # fetched at once never costs the move.
@@ -41,16 +38,6 @@ STEPS = {
     "beat": "show a sign of life",
     "look": "look for lost jobs",
 }
-
-
-class Sign(Persistent):
-    """A process's sign of life: it moves while the process runs jobs, and lists them."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.beat = 0
-        self.at = 0.0
-        self.running: dict[str, Live] = {}
 
 
 @dataclass
@@ -93,18 +80,13 @@ class Recovery:
         self._last: Callable[[], None] | None = None
         self._pid: int | None = None
         self._thread: threading.Thread | None = None
-        # Process -> (its beat, when we first saw that beat, by our own clock).
-        self._observed: dict[str, tuple[int | None, float]] = {}
-        self.viewed = 0.0  # when the transaction began by which processes are judged, monotonic
+        self.pulse = Pulse(executor, lease, monotonic)
+        self.leases = Leases(lease, monotonic)
         # Where processes of a pool tell each other what they observed; see `hints.Hints`.
         self.hints: Any = None
         self._notes = self._notes_before = Notes(set())  # of this look and of the one before
         self.unbegun = 0  # jobs that were due and nobody's in the last look
         self._unbegun = 0  # in this look
-        self._beating = False
-        self._listed: set[str | None] = set()  # signatures in our last sign of life
-        self._beats = 0
-        self._shown = 0.0  # when the last sign of life was written, or the first was due
         self.renew()
         renew_in_children(self)
         self._timers = Timers()
@@ -151,8 +133,7 @@ class Recovery:
         self._wake.wait(pause)
         late = self.monotonic() - end
         if late > self.heartbeat:  # what jobs that keep the interpreter cost delays no rescue
-            observed = self._observed.items()
-            self._observed = {p: (beat, since + late) for p, (beat, since) in observed}
+            self.leases.extend(late)
 
     def _take(self, *names: str) -> None:
         """Take those steps whose time has come."""
@@ -226,7 +207,7 @@ class Recovery:
         else:
             self.executor.put(sid, FRESH)
 
-    # -- signs of life
+    # -- jobs that run here
 
     def tell(self) -> None:
         """Interrupt the jobs running here that are no longer ours: dismissed, or rescued.
@@ -237,14 +218,8 @@ class Recovery:
         jobs = {sid: job for sid, job in list(self.worker.running.items()) if job.begun}
         if jobs:
             transact(self.store, partial(self._tell, jobs))
-            if any(self._is_to_be_shown(job) for job in jobs.values()):
+            if any(map(self.pulse.is_due_for, jobs.values())):
                 self.beat()
-
-    def _is_to_be_shown(self, job: Any) -> bool:
-        """Say whether others are to be told of an attempt now: they might run the job too."""
-        known = self.store.exclusive or job.signature in self._listed
-        # A clock that was put back must not hide it.
-        return not known and abs(self.store.clock() - job.started) >= SHOWN_AFTER
 
     def _tell(self, jobs: dict[str, Any], table: Any) -> None:
         for sid, job in jobs.items():
@@ -253,64 +228,8 @@ class Recovery:
                 job.interrupt(JobTaken(f"job {sid!r} was dismissed or is another worker's"))
 
     def beat(self) -> None:
-        """Write this process's sign of life while it holds jobs; one small commit.
-
-        Nothing where the records end with this process.
-        """
-        if not self.store.durable:
-            return
-        if self.executor.held or self.executor.suspended:
-            self._show_life()
-        else:
-            self._fall_silent()
-
-    def leave(self) -> None:
-        """Take the sign of life away at a stop; without the database it ends by itself."""
-        try:
-            self._fall_silent()
-        except Exception as error:
-            log.info("the sign of life stays for a while: %r", error)
-
-    def _fall_silent(self) -> None:
-        if self._beating:
-            transact(self.store, partial(self._remove_signs, [self.store.process]))
-            self._beating = False
-
-    def _show_life(self) -> None:
-        now = self.monotonic()
-        if not self._beating:
-            self._beating, self._shown = True, now
-        try:
-            self._listed = transact(self.store, self._beat)
-        except Exception:
-            # By now others take our jobs: what we do with them could not be committed.
-            # The failure itself may have taken long, so the clock is asked again.
-            if self.monotonic() - self._shown > self.lease:
-                self._suspend(f"no sign of life could be written for {self.lease:g} s")
-            raise
-        self._shown = now
-        self.executor.suspended = False
-
-    def _suspend(self, why: str) -> None:
-        if not self.executor.suspended:
-            log.error("no jobs are taken: %s", why)
-        self.executor.suspended = True
-        self.worker.interrupt_all(why)
-
-    def _beat(self, table: Any) -> set[str | None]:
-        """Write the sign; return the signatures of the attempts that it shows."""
-        sign = table.sign(self.store.process)
-        if sign is None:
-            sign = Sign(process_name())
-            table.show_sign(self.store.process, sign)
-        # Never a number that was shown before: it would look like a counter that stands still.
-        self._beats += 1
-        sign.beat = self._beats
-        sign.at = self.store.clock()
-        sign.running = {sid: job.live() for sid, job in list(self.worker.running.items())}
-        # What had not begun cannot be seen by them.
-        begun = (live for live in sign.running.values() if live.revision is not None)
-        return {live.signature for live in begun}
+        """Write this process's sign of life while it holds jobs."""
+        self.pulse.beat()
 
     # -- hints: a process that is renewed every few jobs lives no lease, nor until a job is due
 
@@ -318,7 +237,7 @@ class Recovery:
         hints = self.hints.read()
         # A process that had no sign then may have had other jobs since.
         if hints and self.monotonic() - hints["at"] <= self.lease:
-            self._observed = {**hints["observed"], **self._observed}
+            self.leases.observed = {**hints["observed"], **self.leases.observed}
 
     def _give_hints(self) -> None:
         for when, sid in self.hints.read().get("timers", ()):
@@ -330,7 +249,7 @@ class Recovery:
         self._write_hints([*self.hints.read().get("timers", []), *self._timers.waiting()])
 
     def _write_hints(self, timers: list[Any]) -> None:
-        hints = {"at": self.monotonic(), "observed": self._observed, "timers": timers}
+        hints = {"at": self.monotonic(), "observed": self.leases.observed, "timers": timers}
         self.hints.write(hints)
 
     # -- lost jobs
@@ -360,7 +279,8 @@ class Recovery:
 
     def _look(self, table: Any) -> dict[str, float]:
         """Rescue what is lost; return what ended: sid -> seconds since then."""
-        now, self.viewed = self.store.clock(), self.monotonic()
+        now = self.store.clock()
+        self.leases.view()
         self._unbegun = 0
         ended = {}
         for number, (sid, record) in enumerate(table.all_unfinished(), 1):
@@ -421,17 +341,7 @@ class Recovery:
         if self.store.exclusive:
             return not self.store.alive_here(holder)
         sign = table.sign(holder)
-        return self._silent(holder, sign) or self._is_unlisted(record, sign)
-
-    def _silent(self, holder: str, sign: Sign | None) -> bool:
-        """Say whether a process gave no sign for a lease, by our own monotonic clock.
-
-        As of the transaction's begin, however long it takes: it sees no later sign.
-        """
-        beat, now = None if sign is None else sign.beat, self.viewed
-        seen, since = self._observed.get(holder, (beat, now))
-        self._observed[holder] = (beat, since if beat == seen else now)
-        return beat == seen and now - since > self.lease
+        return self.leases.is_over(holder, sign) or self._is_unlisted(record, sign)
 
     def _is_unlisted(self, record: JobRecord, sign: Sign | None) -> bool:
         """Say whether a living process does not know that it runs the job.
@@ -451,19 +361,14 @@ class Recovery:
         shown = transact(self.store, self._processes)
         dead = [process for process, is_dead in shown.items() if is_dead]
         if dead:
-            transact(self.store, partial(self._remove_signs, dead))
-        for process in set(self._observed) - self._notes.holders - set(shown):
-            del self._observed[process]
+            transact(self.store, partial(remove_signs, dead))
+        self.leases.forget_all_but(self._notes.holders.union(shown))
 
     def _processes(self, table: Any) -> dict[str, bool]:
         """Return the processes that have a sign of life, and whether it is to go."""
-        self.viewed = self.monotonic()
+        self.leases.view()
         held = self._notes.holders
-        return {p: p not in held and self._silent(p, sign) for p, sign in table.signs()}
-
-    def _remove_signs(self, processes: list[str], table: Any) -> None:
-        for process in processes:
-            table.remove_sign(process)
+        return {p: p not in held and self.leases.is_over(p, sign) for p, sign in table.signs()}
 
 
 def add_recovery(executor: Any, **times: float) -> None:

@@ -185,7 +185,7 @@ class ThreadExecutor:
             self._join(deadline)
             self.worker.give_back_running()
             self.worker.give_back(self.recovery.timed())
-            self.recovery.leave()
+            self.recovery.pulse.leave()
         except Exception:
             # Recovery finds them by the lease.
             log.exception("jobs could not be given back: %s", ", ".join(self.held))

@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 
 import transaction
 from persistent import Persistent
@@ -121,6 +122,8 @@ class Deaf:
 class Still:
     """A recovery without a thread: its steps are the test's."""
 
+    pulse = SimpleNamespace(leave=lambda: None)
+
     def start(self):
         pass
 
@@ -132,9 +135,6 @@ class Still:
 
     def timed(self):
         return []
-
-    def leave(self):
-        pass
 
 
 class Process:

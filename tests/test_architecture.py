@@ -45,7 +45,8 @@ MAP = {
     "worker": ("interfaces jobs process transactional current failures tries", "transaction"),
     "threads": ("interfaces jobs exits tries worker", "transaction zope"),
     "timers": ("process", ""),
-    "recovery": ("interfaces jobs process timers transactional", "persistent transaction ZODB"),
+    "signs": ("jobs process transactional", "persistent"),
+    "recovery": ("interfaces jobs process signs timers transactional", "transaction ZODB"),
     "standalone": ("current exits zodb worker threads recovery", ""),
     "scheduler": (
         "interfaces jobs process transactional ram zodb worker standalone",

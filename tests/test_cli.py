@@ -24,7 +24,7 @@ from pyramid_async.cli import main
 from pyramid_async.config import databases
 from pyramid_async.interfaces import IScheduler
 from pyramid_async.jobs import Live
-from pyramid_async.recovery import Sign
+from pyramid_async.signs import Sign
 
 INI = """
 [app:main]

@@ -34,8 +34,8 @@ from pyramid_async import JobNotFound, JobStatus, current_job, manage
 from pyramid_async.interfaces import NotRetriable
 from pyramid_async.jobs import Live
 from pyramid_async.manage import FINAL, UNFINISHED, BadCursor
-from pyramid_async.recovery import Sign
 from pyramid_async.scheduler import Caller
+from pyramid_async.signs import Sign
 from pyramid_async.transactional import transact
 from pyramid_async.zodb import HAUNTED, OVERDUE
 

@@ -38,8 +38,9 @@ from pyramid_async.current import Job
 from pyramid_async.hints import Hints
 from pyramid_async.interfaces import JobTaken
 from pyramid_async.jobs import FRESH, Live
-from pyramid_async.recovery import ARCHIVE_AFTER, Sign
+from pyramid_async.recovery import ARCHIVE_AFTER
 from pyramid_async.scheduler import Scheduler
+from pyramid_async.signs import Sign
 from pyramid_async.standalone import executor_for
 from pyramid_async.transactional import transact
 from pyramid_async.tries import Try
@@ -544,7 +545,7 @@ def test_what_was_given_back_waits_for_no_sign_to_age(machines, key):
     sid = one.plant(note, key)
     one.record(sid, holder=None)
     with one.transaction() as (table, _):
-        one.recovery._beat(table)
+        one.recovery.pulse._beat(table)
         table.sign(one.store.process).running = {sid: Live(1.0, 1.0, 1, revision=1)}
     other.recovery.look()
     assert other.executor.held == set()
@@ -1157,12 +1158,12 @@ def test_signs_of_the_dead_are_buried_when_no_job_names_them(machines, key, at, 
     before = other.db.lastTransaction()
     other.recovery.look()
     assert other.db.lastTransaction() == before
-    assert set(other.recovery._observed) <= {other.store.process}
+    assert set(other.recovery.leases.observed) <= {other.store.process}
 
 
 def test_sign_that_a_process_left_which_died_without_a_job_is_buried(machines):
     one, other = machines.process(), machines.process()
-    transact(one.store, one.recovery._beat)
+    transact(one.store, one.recovery.pulse._beat)
     other.recovery.look()
     assert list(read_signs(other)) == [one.store.process]
     machines.pass_time(LEASE + 1)

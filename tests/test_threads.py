@@ -651,7 +651,7 @@ def test_suspended_executor_takes_no_jobs_and_tells_the_running_ones(db, key, at
     with process("zodb", db, workers=1) as one:
         sid = one.schedule(check_until_told, at, key)
         GATES[at].reach()
-        one.recovery._suspend("the database is gone")
+        one.recovery.pulse._suspend("the database is gone")
         while one.worker.running:
             one.executor.threads[0].join(0.005)
         later = one.schedule(note, key, "later")

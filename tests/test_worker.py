@@ -39,7 +39,7 @@ from pyramid_async import (
 from pyramid_async.failures import TEXT_LIMIT, TRACEBACK_LIMIT, members
 from pyramid_async.interfaces import JobTaken, NotSchedulable
 from pyramid_async.jobs import ACCEPTED, RUNNING, UNHELD, Live
-from pyramid_async.recovery import Sign
+from pyramid_async.signs import Sign
 from pyramid_async.tries import Surroundings, Try
 from pyramid_async.worker import LEFT_PAUSE, LONGEST_DELAY, LONGEST_PAUSE
 from pyramid_async.zodb import ZodbStore
