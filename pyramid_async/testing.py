@@ -20,6 +20,7 @@ from secrets import token_hex
 from typing import Any, NoReturn, Self
 from unittest.mock import patch
 
+import transaction
 from transaction import TransactionManager
 from transaction.interfaces import TransientError
 from ZODB.POSException import ConflictError
@@ -94,8 +95,8 @@ class ManualExecutor:
     """See IExecutor.  Runs jobs where and when `drain` is called.
 
     It is in place as soon as it is made, until `restore` or the end of its ``with`` block.
-    A job has a transaction manager of its own: it touches no transaction of the thread, and
-    commits for real.
+    A job has a transaction manager of its own, and so has its thread as long as the job runs:
+    it touches no transaction of the test, and commits for real.
     """
 
     workers = 1
@@ -256,10 +257,15 @@ class ManualExecutor:
                 self._runs = False
 
     def _run(self, sid: str, seen: int) -> None:
-        try:
-            self.worker.run(sid, seen)
-        except BaseException as error:  # which met it in the pause after a conflict, say
-            self._ending = error
+        # The thread's own may be in the midst of the commit that woke the job.
+        apart = TransactionManager(explicit=transaction.manager.explicit)
+        with patch.object(transaction.manager, "manager", apart):
+            try:
+                self.worker.run(sid, seen)
+            except BaseException as error:  # which met it in the pause after a conflict, say
+                self._ending = error
+            finally:
+                end_transaction(apart)
 
     def _fail(self, fail: Callable[..., None], job: Any, error: BaseException, *args: Any) -> None:
         """Let a job fail; note what met it because it runs in the thread of the test.
@@ -284,10 +290,9 @@ class ManualExecutor:
             return sid, self._waiting.pop(sid)[1]
 
     def _apart(self, tm: Any = None) -> Any:
-        """Return the worker's surroundings in a manager of their own.
+        """Return the worker's surroundings in a manager that is not the test's.
 
-        The thread's manager may be in the midst of the commit that woke the job.  *tm*: of
-        another executor of this kind, which stands in place of this one.
+        *tm*: of another executor of this kind, which stands in place of this one.
         """
         surroundings = self._surroundings(tm=tm or self._manager())
         finish = surroundings.end
@@ -300,8 +305,10 @@ class ManualExecutor:
         return surroundings
 
     def _manager(self) -> TransactionManager:
-        # Explicit or not, as in life: a job that commits by itself needs the same there.
         usual = manager_itself(self._surroundings().tm)
+        if usual is transaction.manager.manager:
+            return usual  # of `_run`: what the function joins to it is the job's, as in life
+        # Explicit or not, as in life: a job that commits by itself needs the same there.
         return TransactionManager(explicit=usual.explicit)
 
 

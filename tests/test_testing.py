@@ -136,6 +136,10 @@ def deposit_in_sql():
     current_job().request.tm.get().join(Sql())
 
 
+def deposit_in_sql_of_the_thread():
+    transaction.get().join(Sql())
+
+
 JOBS = (
     deposit,
     deposit_twice,
@@ -147,6 +151,7 @@ JOBS = (
     break_down_at_first,
     count_down,
     deposit_in_sql,
+    deposit_in_sql_of_the_thread,
 )
 FUNCTIONS = {f.__name__: f for f in JOBS}
 
@@ -274,6 +279,21 @@ def test_inline_job_that_commits_by_itself_ends_as_with_threads(
             url = post(app, "deposit_twice", 5)
             wait_for(lambda: app.get(url).json["done"])
         assert app.get(url).json["status"] == ("failed" if settings else "successful")
+
+
+@pytest.mark.parametrize("executor", [nullcontext, inline, manual])
+@pytest.mark.parametrize("settings", [{}, EXPLICIT])
+def test_what_joins_the_transaction_of_the_thread_ends_as_with_threads(
+    store, executor, settings, wait_for
+):
+    before = Sql.votes
+    with application(store, **settings) as app, executor(app.app.registry) as jobs:
+        url = post(app, "deposit_in_sql_of_the_thread")
+        if executor is manual:
+            jobs.drain()
+        wait_for(lambda: app.get(url).json["done"])
+        assert app.get(url).json["status"] == "successful"
+    assert Sql.votes == before + (0 if settings else 1)
 
 
 def test_inline_job_that_fails_leaves_no_effect_and_does_not_disturb_the_request(app, registry):
