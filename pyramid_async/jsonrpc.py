@@ -17,8 +17,8 @@ from pyramid.response import Response
 from .documents import JSON, NOTHING, document, dumps, failure, problem, retry_after, to_json
 from .interfaces import NotSchedulable, SchedulerFull
 from .jobs import DISMISSED, FAILED, JobStatus
-from .resources import FULL_RETRY, add_resource, is_outage
-from .views import brief_outcome, outcome, root_of, visible
+from .resources import FULL_RETRY, add_resource, is_outage, root_of
+from .views import brief_outcome, outcome, visible
 
 log = logging.getLogger(__name__)
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 from secrets import token_hex
 from typing import Any
+from weakref import ref
 
+from pyramid.decorator import reify
 from pyramid.exceptions import BadCSRFOrigin, BadCSRFToken
 from pyramid.httpexceptions import HTTPException
+from pyramid.interfaces import IRootFactory
 from pyramid.response import Response
 from pyramid.security import NO_PERMISSION_REQUIRED
-from pyramid.traversal import ResourceTreeTraverser
+from pyramid.traversal import DefaultRootFactory, ResourceTreeTraverser
 from transaction.interfaces import TransientError
 
 from .cors import add_async_cors, protect
@@ -81,12 +84,24 @@ def resources(registry: Any) -> dict[str, list[str]]:
 
 
 class Outside:
-    """The context of these routes: the application's own root would open its database."""
+    """The context of these routes: the application's own root would open its database.
 
-    __name__ = __parent__ = None
+    So that is made when it is asked for, by a policy that looks for its users there.
+    """
+
+    __name__ = ""
 
     def __init__(self, request: Any) -> None:
-        pass
+        self._request = ref(request)  # which has us: both would wait for the collector
+
+    @reify
+    def __parent__(self) -> Any:
+        return root_of(self._request())
+
+
+def root_of(request: Any) -> Any:
+    """Return the root that the application's own routes have."""
+    return request.registry.queryUtility(IRootFactory, default=DefaultRootFactory)(request)
 
 
 class Staying(ResourceTreeTraverser):

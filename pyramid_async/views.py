@@ -6,9 +6,8 @@ import logging
 import re
 from typing import Any
 
-from pyramid.interfaces import IRootFactory, ISecurityPolicy
+from pyramid.interfaces import ISecurityPolicy
 from pyramid.response import Response
-from pyramid.traversal import DefaultRootFactory
 
 from .cors import add_cors, protect
 from .documents import (
@@ -27,7 +26,15 @@ from .inputs import parameters
 from .interfaces import IScheduler
 from .jobs import DISMISSED, SUCCESSFUL, TICKS, JobStatus
 from .listing import page
-from .resources import FULL_RETRY, Outside, Staying, add_refusals, add_resource, is_outage
+from .resources import (
+    FULL_RETRY,
+    Outside,
+    Staying,
+    add_refusals,
+    add_resource,
+    is_outage,
+    root_of,
+)
 from .results import response_of
 from .waiting import add_slots, hold
 
@@ -82,11 +89,6 @@ def manages(request: Any) -> bool:
         # It is asked for jobs that exist alone, so its failure must look like a no.
         log.exception("no %s: the root or the security policy failed", MANAGE)
         return False
-
-
-def root_of(request: Any) -> Any:
-    """Return the root that the application's own routes have."""
-    return request.registry.queryUtility(IRootFactory, default=DefaultRootFactory)(request)
 
 
 def find(request: Any) -> JobStatus:

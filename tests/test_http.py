@@ -23,7 +23,7 @@ from pyramid.httpexceptions import (
 from pyramid.request import Request
 from pyramid.response import Response
 from pyramid.security import forget
-from pyramid.traversal import _segment_cache, find_resource
+from pyramid.traversal import _segment_cache, find_resource, find_root
 from transaction.interfaces import TransientError
 from webapp import (
     GATES,
@@ -835,6 +835,24 @@ def test_policy_finds_no_user_in_the_context(web, monkeypatch, find):
 
     monkeypatch.setattr(Policy, "authenticated_userid", known)
     web.get(url, status=500)
+
+
+def test_policy_finds_the_root_of_the_application_from_the_context(web, monkeypatch):
+    """As the group finders of traversal do, which look for the user's folder in it."""
+
+    def known(self, request):
+        context = getattr(request, "context", None)  # not yet, when pyramid_tm asks
+        found = context is not None and isinstance(find_root(context), Root)
+        return request.headers.get("X-User") if found else None
+
+    monkeypatch.setattr(Policy, "authenticated_userid", known)
+    url, _ = web.finished(echo, user="alice")
+    made = Root.made
+    web.get(url, headers=as_user("alice"), status=200)
+    assert Root.made == made + 1
+    assert sids(listed(web)) == [url[-32:]]
+    web.get(url, headers=as_user("bob"), status=404)
+    web.delete(url, headers=as_user("alice"), status=200)
 
 
 def test_root_of_the_application_is_made_for_strangers_alone(web):
