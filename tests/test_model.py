@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import transaction
+from bare import together
 from BTrees.Length import Length
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -170,7 +171,10 @@ class World(RuleBasedStateMachine):
     # -- accidents
 
     def be_seen(self, job):
-        assert self.look(job.sid)["status"] == "running"
+        def look():
+            assert self.look(job.sid)["status"] == "running"
+
+        together(look)  # a request in the job's own thread would end its transaction
 
     def be_packed(self, job):
         self.db.pack()
