@@ -86,7 +86,7 @@ def resources(registry: Any) -> dict[str, list[str]]:
 class Outside:
     """The context of these routes: the application's own root would open its database.
 
-    So that is made when it is asked for, by a policy that looks for its users there.
+    So that is made when something of it is asked for, as by a policy that has its users there.
     """
 
     __name__ = ""
@@ -97,6 +97,18 @@ class Outside:
     @reify
     def __parent__(self) -> Any:
         return root_of(self._request())
+
+    def __getitem__(self, name: Any) -> Any:
+        return self.__parent__[name]
+
+    def __contains__(self, name: Any) -> bool:
+        return name in self.__parent__
+
+    def __getattr__(self, name: str) -> Any:
+        # The framework looks at each context for what has such names.
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.__parent__, name)
 
 
 def root_of(request: Any) -> Any:

@@ -837,13 +837,26 @@ def test_policy_finds_no_user_in_the_context(web, monkeypatch, find):
     web.get(url, status=500)
 
 
-def test_policy_finds_the_root_of_the_application_from_the_context(web, monkeypatch):
-    """As the group finders of traversal do, which look for the user's folder in it."""
+@pytest.mark.parametrize(
+    "users",
+    [
+        lambda request: find_root(request.context).users,
+        lambda request: request.root.users,
+        lambda request: request.root["users"],
+        lambda request: {"alice"} if "users" in request.root else set(),
+    ],
+)
+def test_policy_finds_its_users_in_the_root_of_the_application(web, monkeypatch, users):
+    """As the group finders of traversal do."""
+    items = {"users": {"alice"}}
+    monkeypatch.setattr(Root, "users", items["users"], raising=False)
+    monkeypatch.setattr(Root, "__getitem__", lambda self, name: items[name], raising=False)
+    monkeypatch.setattr(Root, "__contains__", lambda self, name: name in items, raising=False)
 
     def known(self, request):
-        context = getattr(request, "context", None)  # not yet, when pyramid_tm asks
-        found = context is not None and isinstance(find_root(context), Root)
-        return request.headers.get("X-User") if found else None
+        user = request.headers.get("X-User")
+        # Not yet, when pyramid_tm asks.
+        return user if hasattr(request, "context") and user in users(request) else None
 
     monkeypatch.setattr(Policy, "authenticated_userid", known)
     url, _ = web.finished(echo, user="alice")
