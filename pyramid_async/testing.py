@@ -59,6 +59,17 @@ def _replace(undo: ExitStack, owner: Any, **attributes: Any) -> None:
     undo.enter_context(patch.multiple(owner, **attributes))
 
 
+@contextmanager
+def _another_manager() -> Iterator[None]:
+    """Give the thread another ``transaction.manager`` for the block."""
+    apart = TransactionManager(explicit=transaction.manager.explicit)
+    with patch.object(transaction.manager, "manager", apart):
+        try:
+            yield
+        finally:
+            end_transaction(apart)
+
+
 # -- executors -------------------------------------------------------------------------
 
 
@@ -257,15 +268,12 @@ class ManualExecutor:
                 self._runs = False
 
     def _run(self, sid: str, seen: int) -> None:
-        # The thread's own may be in the midst of the commit that woke the job.
-        apart = TransactionManager(explicit=transaction.manager.explicit)
-        with patch.object(transaction.manager, "manager", apart):
+        # The thread's manager may be in the midst of the commit that woke the job.
+        with _another_manager():
             try:
                 self.worker.run(sid, seen)
             except BaseException as error:  # which met it in the pause after a conflict, say
                 self._ending = error
-            finally:
-                end_transaction(apart)
 
     def _fail(self, fail: Callable[..., None], job: Any, error: BaseException, *args: Any) -> None:
         """Let a job fail; note what met it because it runs in the thread of the test.
@@ -491,7 +499,8 @@ class Plan:
                 return False
             self._faults[step, moment] = fault, times - 1
             self.struck.append((step, moment))
-        fault()
+        with _another_manager():  # a request that it makes would end the transaction of the step
+            fault()
         return True
 
     def around(self, step: str, method: Callable[..., Any], *args: Any) -> Any:

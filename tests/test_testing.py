@@ -786,6 +786,19 @@ def test_finished_or_unknown_job_cannot_be_stolen(registry, app):
         steal(registry, "0" * 32)
 
 
+@pytest.mark.parametrize("executor", [nullcontext, inline])
+def test_fault_that_makes_a_request_leaves_the_transaction_of_its_step_alone(
+    store, executor, wait_for
+):
+    # Without the explicit manager requests and jobs have that of the thread.
+    with application(store) as app, executor(app.app.registry), faults(app.app.registry) as plan:
+        for step in ("schedule", "succeed", "commit"):
+            plan.at(step, before=lambda: app.get("/async/unknown", status=404))
+        url = post(app, "deposit", 5)
+        wait_for(lambda: app.get(url).json["done"])
+        assert data(app) == 5
+
+
 def test_fault_at_an_unknown_step_is_refused_with_the_nearest_name(registry):
     with faults(registry) as plan:
         with pytest.raises(ValueError, match="no step 'comit'; did you mean 'commit'"):
